@@ -1,0 +1,1 @@
+"""Encoders and the two-network systems."""

@@ -1,0 +1,9 @@
+"""The operators: plain functions on tensors, differentiable where their docstrings say so.
+
+Each module ``ops/<op>.py`` holds the contract (docstring), the checks, the fake kernel, the autograd formula and the
+dispatch of one operator; what it computes in the plainest form is ``atst_fast.reference.<op>``.
+"""
+
+from atst_fast.ops._registry import build_info
+
+__all__ = ["build_info"]

@@ -1,0 +1,39 @@
+"""Error messages of the public functions: operator, argument, what was expected and what came."""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+
+def describe(value: Any) -> str:
+    """A value as an error message shows it: tensors as dtype, shape and device."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def fail(op: str, name: str, expected: str, got: Any, error: type[Exception] = ValueError) -> NoReturn:
+    """Raise ``<op>: <name> must be <expected>, got <got>``."""
+    raise error(f"{op}: {name} must be {expected}, got {describe(got)}")
+
+
+def tensor(
+    op: str, name: str, value: Any, expected: str, *, dim: int | None = None, dtypes: Sequence[torch.dtype] = ()
+) -> None:
+    """Check that ``value`` is a tensor of that rank and one of those dtypes; ``expected`` gives the axes in words."""
+    if not isinstance(value, Tensor):
+        fail(op, name, f"a tensor {expected}", value, TypeError)
+    if dtypes and value.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        fail(op, name, f"{expected} of dtype {names}", value, TypeError)
+    if dim is not None and value.dim() != dim:
+        fail(op, name, expected, value)
+
+
+def same_device(op: str, first: str, a: Tensor, **others: Tensor | None) -> None:
+    """Check that all ``others`` (by argument name) lie on the device of ``a``."""
+    for name, b in others.items():
+        if b is not None and b.device != a.device:
+            fail(op, name, f"on {a.device}, as {first} is", b)

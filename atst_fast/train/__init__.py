@@ -1,0 +1,1 @@
+"""The thin training loop: data, step, schedule, checkpoint and the command line."""

@@ -1,0 +1,104 @@
+// Vertical SIMD in GCC/Clang vector extensions: one kernel source, compiled once per instruction set.
+//
+// A file `<op>_simd.cpp` is compiled as several objects, each with its own ATST_ISA (a namespace name) and -march, and
+// everything here is in an unnamed namespace or a template on such a type, so that the linker can never pick an AVX-512
+// copy of a helper for the portable path. For the same reason these files use no header of the standard library that
+// defines inline functions with external linkage; tests/test_build.py reads the objects' symbol tables to hold this.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifndef ATST_ISA
+#error "ATST_ISA is set by setup.py for each object compiled from a *_simd.cpp file"
+#endif
+
+namespace atst::ATST_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vi __attribute__((vector_size(4 * kLanes)));
+typedef float vf_unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t vi_unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+#define ATST_INLINE inline __attribute__((always_inline))
+
+ATST_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+ATST_INLINE void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
+ATST_INLINE vf splat(float x) { return vf{} + x; }
+ATST_INLINE vi splat_i(int32_t x) { return vi{} + x; }
+ATST_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
+ATST_INLINE vf bits_as_float(vi v) { return reinterpret_cast<vf&>(v); }
+ATST_INLINE vi float_as_bits(vf v) { return reinterpret_cast<vi&>(v); }
+
+// As torch.maximum: a NaN in either operand is the result.
+ATST_INLINE vf max_nan(vf a, vf b) { return (a > b) | (a != a) ? a : b; }
+
+// Nearest integer, ties to even, for |x| < 2^22.
+ATST_INLINE vf round_small(vf x) {
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves no fraction bits
+  return (x + magic) - magic;
+}
+
+// e^x within 2 ulp; +inf above 88.73, 0 below -87.34 (no subnormal results), NaN stays NaN.
+ATST_INLINE vf exp(vf x) {
+  const vf lo = splat(-87.33654f), hi = splat(88.72283f);
+  vf t = x < lo ? lo : x;
+  t = t > hi ? hi : t;
+  const vf n = round_small(t * 1.44269504f);
+  // ln 2 in two parts, the first with trailing zeros, so that n * part is exact
+  const vf r = (t - n * 0.693359375f) - n * -2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // 2^n as two factors: n reaches 128, which has no exponent of its own
+  const vi k = __builtin_convertvector(n, vi);
+  const vi half = k >> 1;
+  p = p * bits_as_float((half + 127) << 23) * bits_as_float((k - half + 127) << 23);
+  p = x < lo ? vf{} : p;
+  p = x > hi ? splat(__builtin_inff()) : p;
+  return x != x ? x : p;
+}
+
+// ln x within 2 ulp for normal x > 0; -inf at 0 and for subnormals, NaN below 0, +inf and NaN stay.
+ATST_INLINE vf log(vf x) {
+  const vi bits = float_as_bits(x);
+  // mantissa in [sqrt(1/2), sqrt(2)), so that the polynomial's argument is small on both sides of 1
+  vi e = ((bits - 0x3f3504f3) >> 23);
+  const vf m = bits_as_float(bits - (e << 23));
+  const vf f = m - 1.0f;
+  const vf n = to_float(e);
+  vf p = splat(7.0376836292e-2f);
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const vf z = f * f;
+  vf y = f * z * p;
+  y = y + n * -2.12194440e-4f;
+  y = y - 0.5f * z;
+  y = (f + y) + n * 0.693359375f;
+  const float inf = __builtin_inff();
+  y = x < 1.17549435e-38f ? splat(-inf) : y;
+  y = x < 0.0f ? splat(__builtin_nanf("")) : y;
+  return (x != x) | (x == inf) ? x : y;
+}
+
+}  // namespace
+}  // namespace atst::ATST_ISA
