@@ -1,0 +1,77 @@
+# make pretrain: set up, build, and run the main job on demo data. make test: set up, build, and run the tests.
+# Both work in .venv and are safe to repeat. TORCH picks another torch: make test TORCH="torch==2.11.0".
+
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/demo
+DATA ?= demo_data
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip --disable-pip-version-check
+
+.PHONY: help env build test test-all pretrain bench lint format sanitize clean
+
+help:
+	@echo "make pretrain   set up .venv, build, render demo audio, pretrain ATST-Frame, probe it, draw pictures"
+	@echo "make test       set up .venv, build, run the tests"
+	@echo "make test-all   the same with the long tests, and the C++ kernels under AddressSanitizer and UBSan"
+	@echo "make bench      benchmarks beside what one would call otherwise; one JSON under benchmarks/results/"
+	@echo "make lint       ruff, clang-format, mypy;   make format: rewrite"
+	@echo "make clean      remove the build (keeps .venv, $(DATA) and runs)"
+
+# torch goes in first and alone: the build needs its headers, and the extras must not choose another one.
+# tinysoundfont goes in without pyaudio, which it declares but needs only to play through a sound card.
+$(VENV)/.ready: pyproject.toml
+	@echo "== environment: $(VENV), $(TORCH)"
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed; name one with PYTHON=...')"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "$(TORCH)"
+	$(PIP) install -q "setuptools>=77" wheel "pybind11>=2.13" "ninja>=1.11"
+	$(PIP) install -q --no-deps tinysoundfont==0.3.7
+	$(PIP) install --no-build-isolation -e ".[train,eval,demo,test]"
+	@touch $@
+
+env: $(VENV)/.ready
+
+build: env
+	@echo "== build"
+	@$(PY) setup.py -q build_ext --inplace
+
+test: build
+	@echo "== tests"
+	$(PY) -m pytest -m "not long" --durations=5
+
+test-all: build
+	@echo "== all tests"
+	$(PY) -m pytest --durations=15
+	$(MAKE) sanitize
+
+# The whole package again under build/sanitize, its extension with both sanitizers; the interpreter itself has none,
+# so their runtime is preloaded, and leaks of the interpreter are not ours to report.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined
+sanitize: build
+	@echo "== C++ kernels under AddressSanitizer and UBSan"
+	@CXXFLAGS="-g -O1 -fno-omit-frame-pointer $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+		$(PY) setup.py -q build_py --build-lib build/sanitize build_ext --build-lib build/sanitize --build-temp build/sanitize-objects
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize:. \
+		$(BIN)/pytest --import-mode=importlib tests/ops tests/test_optim.py -m "not long"
+
+lint: env
+	$(PIP) install -q -e ".[lint]" --no-build-isolation
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+bench: build
+	$(PY) -m pytest benchmarks --benchmark-enable
+
+clean:
+	rm -rf build atst_fast/_C.*.so *.egg-info
