@@ -1,1 +1,9 @@
 """Drop-in modules: parameters and buffers with the official state-dict keys, no maths of their own."""
+
+from atst_fast.nn.block import Block
+from atst_fast.nn.frame_attention import FrameAttention
+from atst_fast.nn.mlp import Mlp
+from atst_fast.nn.patch_embed import PatchEmbed
+from atst_fast.nn.selection import Selection
+
+__all__ = ["Block", "FrameAttention", "Mlp", "PatchEmbed", "Selection"]

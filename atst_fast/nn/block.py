@@ -1,0 +1,91 @@
+"""A pre-norm transformer block with stochastic depth."""
+
+import torch
+from torch import Tensor, nn
+
+from atst_fast.nn.frame_attention import FrameAttention
+from atst_fast.nn.mlp import Mlp
+from atst_fast.nn.selection import Selection, take
+
+
+class Block(nn.Module):
+    """``x + DropPath(attn(norm1(x)))``, then ``x + DropPath(mlp(norm2(x)))``.
+
+    Keys ``norm1.*``, ``attn.{qkv,proj}.*``, ``norm2.*``, ``mlp.{fc1,fc2}.*``. Args as audiossl's ``Block``
+    (``audiossl/modules/transformer.py``): ``drop`` dropout of the projection and the MLP, ``attn_drop`` must be 0,
+    ``drop_path`` probability that a sample skips a branch in training (0 <= drop_path < 1), ``norm_layer`` and
+    ``act_layer`` builders. The branch of a dropped sample is not computed: its share of the result is zero either way.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        act_layer=nn.GELU,
+        norm_layer=nn.LayerNorm,
+    ):
+        super().__init__()
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"Block: drop_path must be in [0, 1), got {drop_path}")
+        self.drop_path = drop_path
+        self.norm1 = norm_layer(dim)
+        self.attn = FrameAttention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
+
+    def forward(
+        self,
+        x: Tensor,
+        length: Tensor | None = None,
+        *,
+        padded_queries: str = "attend",
+        select: Selection | None = None,
+        draws: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens ``[B, L, D]`` to ``[B, L, D]``, or to the selected ``[M, D]``; arguments as ``FrameAttention``.
+
+        ``draws`` ``[2, B]`` in [0, 1), on the CPU: a sample keeps a branch (attention, MLP) where
+        floor(1 - drop_path + draw) is 1. Drawn from the CPU generator when left out, whatever the device of ``x``.
+        """
+        kept_attn, kept_mlp = self._kept(len(x), draws)
+        if select is None:
+            length = None if length is None else take(length, kept_attn)
+            y = self.attn(self.norm1(take(x, kept_attn)), length, padded_queries=padded_queries)
+            x = self._add(x, kept_attn, y)
+            return self._add(x, kept_mlp, self.mlp(self.norm2(take(x, kept_mlp))))
+        # the same on the selected rows only; everything of the kept samples is read as keys and values
+        rows_attn = rows_mlp = None
+        sub = select
+        if kept_attn is not None:
+            sub, rows_attn = select.samples(kept_attn)
+        if kept_mlp is not None:
+            _, rows_mlp = select.samples(kept_mlp)
+        y = self.attn(self.norm1(take(x, kept_attn)), select=sub)
+        x = self._add(take(x.flatten(0, 1), select.queries), rows_attn, y)
+        return self._add(x, rows_mlp, self.mlp(self.norm2(take(x, rows_mlp))))
+
+    def _kept(self, batch: int, draws: Tensor | None) -> list[Tensor | None]:
+        """The samples that keep each branch, ascending; None: all."""
+        if not self.training or not self.drop_path:
+            return [None, None]
+        if draws is None:
+            draws = torch.rand(2, batch, device="cpu")
+        keep = (1 - self.drop_path + draws).floor() > 0
+        return [None if k.all() else k.nonzero().squeeze(1) for k in keep]
+
+    def _add(self, x: Tensor, kept: Tensor | None, y: Tensor) -> Tensor:
+        # Where nothing is kept, the branch still ran on no samples: its parameters get gradients of zero, as they must,
+        # because an optimizer decays what has a gradient and skips what has none.
+        alpha = 1 / (1 - self.drop_path) if self.training else 1.0
+        if kept is None:
+            return torch.add(x, y, alpha=alpha)
+        return x.index_add(0, kept.to(x.device, non_blocking=True), y.to(x.dtype), alpha=alpha)
+
+    def extra_repr(self) -> str:
+        return f"drop_path={self.drop_path:.3g}" if self.drop_path else ""

@@ -1,0 +1,30 @@
+"""The feed-forward part of a block."""
+
+from torch import Tensor, nn
+
+
+class Mlp(nn.Module):
+    """``fc2(gelu(fc1(x)))`` with the exact (erf) GELU; keys ``fc1.*``, ``fc2.*``.
+
+    Args as audiossl's ``Mlp`` (``audiossl/modules/transformer.py``): ``act_layer`` builds the activation, ``drop`` is
+    the dropout after both layers.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer=nn.GELU,
+        drop: float = 0.0,
+    ):
+        super().__init__()
+        hidden_features = hidden_features or in_features
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_features, out_features or in_features)
+        self.drop = nn.Dropout(drop) if drop else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
