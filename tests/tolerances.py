@@ -9,7 +9,11 @@
 # frame_attention
 
 # ema
+# One step: a handful of float32 roundings of the parameter and of the update, which is at most about lr = 1e-3.
+ADAMW_RTOL = 4 * 2**-23
+ADAMW_ATOL = 1e-3 * 4 * 2**-23
 
 # models
 
 # train
+SCHEDULE_RTOL = 1e-12  # float64; cosines of different libraries differ in the last places
