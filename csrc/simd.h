@@ -36,8 +36,8 @@ ATST_INLINE void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v
 ATST_INLINE vf splat(float x) { return vf{} + x; }
 ATST_INLINE vi splat_i(int32_t x) { return vi{} + x; }
 ATST_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
-ATST_INLINE vf bits_as_float(vi v) { return reinterpret_cast<vf&>(v); }
-ATST_INLINE vi float_as_bits(vf v) { return reinterpret_cast<vi&>(v); }
+ATST_INLINE vf bits_as_float(vi v) { return reinterpret_cast<vf>(v); }
+ATST_INLINE vi float_as_bits(vf v) { return reinterpret_cast<vi>(v); }
 
 // As torch.maximum: a NaN in either operand is the result.
 ATST_INLINE vf max_nan(vf a, vf b) { return (a > b) | (a != a) ? a : b; }

@@ -51,18 +51,7 @@ def adamw_ema_(
                 copy.copy_(source)
 
 
-def adamw_torch_(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    step: Tensor,
-    lr: float,
-    wd: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
+def adamw_torch_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, *hyper: float) -> None:
     """torch.optim.AdamW: decay first; epsilon joins the square root after its bias correction."""
     lr, wd, beta1, beta2, eps = hyper
     step += 1
@@ -74,18 +63,7 @@ def adamw_torch_(
     p.addcdiv_(m, denominator, value=-lr / (1 - beta1**t))
 
 
-def adamw_hf_(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    step: Tensor,
-    lr: float,
-    wd: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
+def adamw_hf_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, *hyper: float) -> None:
     """transformers.optimization.AdamW: epsilon joins the uncorrected square root; decay last, on the updated value."""
     lr, wd, beta1, beta2, eps = hyper
     step += 1
