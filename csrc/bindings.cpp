@@ -29,5 +29,6 @@ PYBIND11_MODULE(_C, m) {
                                 "'; expected '', 'portable', 'avx2' or 'avx512', at most '" +
                                 atst::isa_name(atst::best_isa()) + "'");
       },
-      py::arg("name"), "Run the kernels of another instruction set ('' returns to the best); for tests and benchmarks.");
+      py::arg("name"),
+      "Run the kernels of another instruction set ('' returns to the best); for tests and benchmarks.");
 }

@@ -15,24 +15,24 @@ const char* isa_name(Isa);
 // ATST_DECLARE_SIMD(void, name, (args)): the same function in one namespace per instruction set.
 // ATST_SELECT_SIMD(name): a pointer to the one that runs here.
 #if defined(__x86_64__)
-#define ATST_DECLARE_SIMD(ret, name, args) \
-  namespace portable {                     \
-  ret name args;                           \
-  }                                        \
-  namespace avx2 {                         \
-  ret name args;                           \
-  }                                        \
-  namespace avx512 {                       \
-  ret name args;                           \
-  }
-#define ATST_SELECT_SIMD(name)                                   \
-  (::atst::active_isa() == ::atst::Isa::avx512 ? avx512::name    \
-   : ::atst::active_isa() == ::atst::Isa::avx2 ? avx2::name      \
-                                               : portable::name)
+#  define ATST_DECLARE_SIMD(ret, name, args) \
+    namespace portable {                     \
+    ret name args;                           \
+    }                                        \
+    namespace avx2 {                         \
+    ret name args;                           \
+    }                                        \
+    namespace avx512 {                       \
+    ret name args;                           \
+    }
+#  define ATST_SELECT_SIMD(name)                                \
+    (::atst::active_isa() == ::atst::Isa::avx512 ? avx512::name \
+     : ::atst::active_isa() == ::atst::Isa::avx2 ? avx2::name   \
+                                                 : portable::name)
 #else
-#define ATST_DECLARE_SIMD(ret, name, args) \
-  namespace portable {                     \
-  ret name args;                           \
-  }
-#define ATST_SELECT_SIMD(name) (portable::name)
+#  define ATST_DECLARE_SIMD(ret, name, args) \
+    namespace portable {                     \
+    ret name args;                           \
+    }
+#  define ATST_SELECT_SIMD(name) (portable::name)
 #endif

@@ -10,7 +10,7 @@
 #include <cstring>
 
 #ifndef ATST_ISA
-#error "ATST_ISA is set by setup.py for each object compiled from a *_simd.cpp file"
+#  error "ATST_ISA is set by setup.py for each object compiled from a *_simd.cpp file"
 #endif
 
 namespace atst::ATST_ISA {

@@ -16,7 +16,7 @@
 namespace atst {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using torch::stable::parallel_for;  // over at::parallel_for: follows torch.set_num_threads; the body must not throw
+using torch::stable::Tensor;
 
 }  // namespace atst
