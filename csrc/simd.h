@@ -39,6 +39,31 @@ ATST_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 ATST_INLINE vf bits_as_float(vi v) { return reinterpret_cast<vf>(v); }
 ATST_INLINE vi float_as_bits(vf v) { return reinterpret_cast<vi>(v); }
 
+// a * b + c, rounded once where the instruction set can. Written out where two contractions would be possible (of
+// a * b + c * d), so that every place that computes the same thing gets the same bits.
+ATST_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return __builtin_ia32_vfmaddps512_mask(a, b, c, -1, 4);
+#elif defined(__FMA__)
+  return __builtin_ia32_vfmaddps256(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+ATST_INLINE vf sqrt(vf x) {
+#if defined(__AVX512F__)
+  return __builtin_ia32_sqrtps512_mask(x, x, -1, 4);
+#elif defined(__AVX2__)
+  return __builtin_ia32_sqrtps256(x);
+#elif defined(__SSE2__)
+  return __builtin_ia32_sqrtps(x);
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
 // As torch.maximum: a NaN in either operand is the result.
 ATST_INLINE vf max_nan(vf a, vf b) { return (a > b) | (a != a) ? a : b; }
 

@@ -10,7 +10,7 @@ namespace atst::ema {
 
 enum class Type : int32_t { f32, bf16, f16 };
 
-// teacher <- momentum * teacher + rest * student on n elements: one tensor, or a piece of one.
+// teacher <- teacher + rest * (student - teacher) on n elements: one tensor, or a piece of one.
 struct EmaItem {
   float* teacher;
   const void* student;
@@ -41,8 +41,8 @@ struct AdamWItem {
 
 namespace atst {
 
-ATST_DECLARE_SIMD(void, ema_update, (const ema::EmaItem& item, float momentum, float rest))
-ATST_DECLARE_SIMD(void, adamw_ema, (const ema::AdamWItem& item, float grad_scale, float momentum, float rest))
+ATST_DECLARE_SIMD(void, ema_update, (const ema::EmaItem& item, float rest))
+ATST_DECLARE_SIMD(void, adamw_ema, (const ema::AdamWItem& item, float grad_scale, float rest, bool stream))
 ATST_DECLARE_SIMD(double, sum_of_squares, (const float* x, int64_t n))
 
 }  // namespace atst

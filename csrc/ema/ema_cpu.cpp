@@ -19,6 +19,9 @@ using TensorList = std::vector<Tensor>;
 // Pieces do not depend on the number of threads, so neither do the bits.
 constexpr int64_t kPiece = 1 << 16;
 
+// With more parameters than this the shadows are written past the caches: nobody would find them there.
+constexpr int64_t kCached = 1 << 22;
+
 // run(item) for every item, each thread taking the next one that is free.
 template <class Item, class Run>
 void for_each_item(const std::vector<Item>& items, const Run& run) {
@@ -90,8 +93,7 @@ void ema_update_(TensorList teacher, TensorList student, Tensor momentum) {
       items.push_back({to + o, from + o * (type == Type::f32 ? 4 : 2), std::min(kPiece, n - o), type});
   }
   const auto run = ATST_SELECT_SIMD(ema_update);
-  for_each_item(items,
-                [&](int64_t, const EmaItem& item) { run(item, static_cast<float>(m), static_cast<float>(1 - m)); });
+  for_each_item(items, [&](int64_t, const EmaItem& item) { run(item, static_cast<float>(1 - m)); });
 }
 
 // lr, weight_decay, beta1, beta2, eps of one group, at a parameter's t-th step.
@@ -151,12 +153,14 @@ void adamw_ema_(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
   const auto* group_hyper = static_cast<const double*>(hyper.const_data_ptr());
   std::vector<AdamWItem> items;
   std::vector<float*> counters;
+  int64_t elements = 0;
   size_t group = 0, left = group_sizes.empty() ? 0 : group_sizes[0];
   for (size_t i = 0; i < params.size(); ++i, --left) {
     while (left == 0) left = group_sizes[++group];
     const Tensor& p = params[i];
     check_entry(p, op, "params", i);
     check_float(p, op, "params", i);
+    elements += p.numel();
     AdamWItem a{};
     a.param = static_cast<float*>(p.mutable_data_ptr());
     a.teacher = entry<float>(teachers, i, p, ScalarType::Float, "teachers");
@@ -184,7 +188,7 @@ void adamw_ema_(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
   for (float* counter : counters) ++*counter;
   const auto run = ATST_SELECT_SIMD(adamw_ema);
   for_each_item(items, [&](int64_t, const AdamWItem& item) {
-    run(item, static_cast<float>(scale), static_cast<float>(m), static_cast<float>(1 - m));
+    run(item, static_cast<float>(scale), static_cast<float>(1 - m), elements > kCached);
   });
 }
 

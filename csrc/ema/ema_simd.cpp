@@ -4,11 +4,15 @@
 //   p          <- p - decay_first * p
 //   p          <- p - step_size * exp_avg / (sqrt(exp_avg_sq) * root_scale + eps)
 //   p          <- p - decay_last * p
-//   teacher    <- momentum * teacher + (1 - momentum) * p
+//   teacher    <- teacher + (1 - momentum) * (p - teacher)
 //
 // Both forms of AdamW are this formula: torch's has root_scale = 1 / sqrt(1 - beta2^t), the HuggingFace form has 1 and
-// puts the correction into step_size. Bytes per parameter: 36 (five values read, four written), 8 for the teacher alone
-// besides the student's 4.
+// puts the correction into step_size. Decays are fma(-decay, p, p), not p * (1 - decay): for the usual decays of 1e-5
+// and less the rounding of that factor would be a good part of the decay.
+//
+// Bytes per parameter: 20 read and 16 written by AdamW with teacher, 8 and 4 by the teacher update. What bounds them is
+// how many cache lines a core can have in flight (reads; the writes hide behind them). The hardware prefetchers keep
+// two streams going but fall behind on five, hence the prefetches; square root and division are hidden as well.
 #include "../simd.h"
 #include "ema.h"
 
@@ -20,19 +24,8 @@ using ema::Type;
 typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
 typedef uint16_t vh_unaligned __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 
-ATST_INLINE vf sqrt(vf x) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<vf>(__builtin_ia32_sqrtps512_mask(x, x, -1, 4));
-#elif defined(__AVX2__)
-  return __builtin_ia32_sqrtps256(x);
-#elif defined(__SSE2__)
-  return __builtin_ia32_sqrtps(x);
-#else
-  vf r;
-  for (int i = 0; i < kLanes; ++i) r[i] = __builtin_sqrtf(x[i]);
-  return r;
-#endif
-}
+constexpr int64_t kLine = 16;        // floats per cache line
+constexpr int64_t kAhead = 16 * 16;  // floats between a prefetch and its use
 
 ATST_INLINE vi load_half_bits(const uint16_t* p) {
   return __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vi);
@@ -51,12 +44,45 @@ ATST_INLINE vf load_as(const void* p, int64_t i) {
   return bits_as_float(bits | ((h & 0x8000) << 16));
 }
 
-ATST_INLINE void store_bf16(uint16_t* p, vf x) {
+ATST_INLINE vh to_bf16(vf x) {
   const vi bits = float_as_bits(x);
   const vi rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const vi quiet_nan = (bits >> 16) | 0x40;
-  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(x != x ? quiet_nan : rounded, vh);
+  return __builtin_convertvector(x != x ? quiet_nan : rounded, vh);
 }
+
+// kStream: past the caches (p aligned to its vector), which spares the reading of lines that are only written.
+template <bool kStream>
+ATST_INLINE void store_bf16(uint16_t* p, vf x) {
+  const vh h = to_bf16(x);
+#if defined(__x86_64__)
+  typedef long long wide __attribute__((vector_size(2 * kLanes), may_alias));
+  if constexpr (kStream) {
+#  if defined(__AVX512F__)
+    return __builtin_ia32_movntdq256(reinterpret_cast<wide*>(p), reinterpret_cast<wide>(h));
+#  elif defined(__AVX2__)
+    return __builtin_ia32_movntdq(reinterpret_cast<wide*>(p), reinterpret_cast<wide>(h));
+#  else
+    return __builtin_ia32_movnti64(reinterpret_cast<long long*>(p), reinterpret_cast<wide>(h)[0]);
+#  endif
+  }
+#endif
+  *reinterpret_cast<vh_unaligned*>(p) = h;
+}
+
+// x to y by `weight` (at most 1/2), of teacher and student whichever is nearer to the result: exact where they are
+// equal and at momentum 0 and 1, and the weights of both sum to 1, which a rounded momentum and 1 - momentum need not.
+struct Lerp {
+  vf weight;
+  vi from_student;
+
+  explicit Lerp(float rest) : weight(splat(rest <= 0.5f ? rest : 1 - rest)), from_student(splat_i(-(rest > 0.5f))) {}
+
+  ATST_INLINE vf operator()(vf teacher, vf student) const {
+    const vf x = from_student ? student : teacher, y = from_student ? teacher : student;
+    return fma(weight, y - x, x);
+  }
+};
 
 // The last n < kLanes elements go through a full vector on the stack, so that they get the same operations.
 template <class T>
@@ -65,101 +91,122 @@ ATST_INLINE void copy_tail(T* to, const T* from, int64_t n) {
 }
 
 template <Type T>
-ATST_INLINE vf lerp_at(const float* teacher, const void* student, int64_t i, vf momentum, vf rest) {
-  return load(teacher + i) * momentum + load_as<T>(student, i) * rest;
-}
-
-template <Type T>
-void ema_loop(const ema::EmaItem& item, float momentum, float rest) {
-  const vf vm = splat(momentum), vr = splat(rest);
+void ema_loop(const ema::EmaItem& item, const Lerp& lerp) {
   const int64_t whole = item.n - item.n % kLanes, tail = item.n - whole;
   for (int64_t i = 0; i < whole; i += kLanes)
-    store(item.teacher + i, lerp_at<T>(item.teacher, item.student, i, vm, vr));
+    store(item.teacher + i, lerp(load(item.teacher + i), load_as<T>(item.student, i)));
   if (tail == 0) return;
   float t[kLanes] = {};
   uint32_t s[kLanes] = {};
   constexpr int64_t size = T == Type::f32 ? 4 : 2;
   copy_tail(t, item.teacher + whole, tail);
   copy_tail(reinterpret_cast<char*>(s), static_cast<const char*>(item.student) + whole * size, tail * size);
-  store(t, lerp_at<T>(t, s, 0, vm, vr));
+  store(t, lerp(load(t), load_as<T>(s, 0)));
   copy_tail(item.teacher + whole, t, tail);
 }
 
 struct Constants {
-  vf beta1, rest1, beta2, rest2, step_size, root_scale, eps, decay_first, decay_last, grad_scale, momentum, rest;
+  vf beta1, rest1, beta2, rest2, step_size, root_scale, eps, minus_decay_first, minus_decay_last, grad_scale;
+  Lerp lerp;
 };
 
 // kLanes values at offset i: kGrad says whether the AdamW step happens.
-template <bool kGrad>
+template <bool kGrad, bool kStream>
 ATST_INLINE void adamw_at(const ema::AdamWItem& a, int64_t i, const Constants& c) {
   vf p = load(a.param + i);
   if constexpr (kGrad) {
     const vf g = load(a.grad + i) * c.grad_scale;
-    const vf m = load(a.exp_avg + i) * c.beta1 + g * c.rest1;
-    const vf v = load(a.exp_avg_sq + i) * c.beta2 + g * c.rest2 * g;
+    const vf m = fma(load(a.exp_avg + i), c.beta1, g * c.rest1);
+    const vf v = fma(load(a.exp_avg_sq + i), c.beta2, g * c.rest2 * g);
     store(a.exp_avg + i, m);
     store(a.exp_avg_sq + i, v);
-    p = p - p * c.decay_first;
-    p = p - c.step_size * m / (sqrt(v) * c.root_scale + c.eps);
-    p = p - p * c.decay_last;
+    p = fma(p, c.minus_decay_first, p);
+    p = p - c.step_size * m / fma(sqrt(v), c.root_scale, c.eps);
+    p = fma(p, c.minus_decay_last, p);
     store(a.param + i, p);
   }
-  if (a.student_shadow) store_bf16(a.student_shadow + i, p);
+  if (a.student_shadow) store_bf16<kStream>(a.student_shadow + i, p);
   if (a.teacher) {
-    const vf t = load(a.teacher + i) * c.momentum + p * c.rest;
+    const vf t = c.lerp(load(a.teacher + i), p);
     store(a.teacher + i, t);
-    if (a.teacher_shadow) store_bf16(a.teacher_shadow + i, t);
+    if (a.teacher_shadow) store_bf16<kStream>(a.teacher_shadow + i, t);
   }
 }
 
 template <bool kGrad>
+ATST_INLINE void prefetch(const ema::AdamWItem& a, int64_t i) {
+  __builtin_prefetch(a.param + i);
+  if (a.teacher) __builtin_prefetch(a.teacher + i);
+  if constexpr (!kGrad) return;
+  __builtin_prefetch(a.grad + i);
+  __builtin_prefetch(a.exp_avg + i);
+  __builtin_prefetch(a.exp_avg_sq + i);
+}
+
+template <bool kGrad, bool kStream>
 void adamw_loop(const ema::AdamWItem& a, const Constants& c) {
-  const int64_t whole = a.n - a.n % kLanes, tail = a.n - whole;
-  for (int64_t i = 0; i < whole; i += kLanes) adamw_at<kGrad>(a, i, c);
+  int64_t i = 0;
+  for (; i + kLine <= a.n; i += kLine) {
+    prefetch<kGrad>(a, i + kAhead);
+    for (int64_t j = i; j < i + kLine; j += kLanes) adamw_at<kGrad, kStream>(a, j, c);
+  }
+#if defined(__x86_64__)
+  if constexpr (kStream) __builtin_ia32_sfence();
+#endif
+  for (; i + kLanes <= a.n; i += kLanes) adamw_at<kGrad, false>(a, i, c);
+  const int64_t tail = a.n - i;
   if (tail == 0) return;
   float p[kLanes] = {}, g[kLanes] = {}, m[kLanes] = {}, v[kLanes] = {}, t[kLanes] = {};
-  uint16_t ps[kLanes], ts[kLanes];
+  uint16_t student[kLanes], teacher[kLanes];
   ema::AdamWItem b = a;
   b.param = p, b.grad = g, b.exp_avg = m, b.exp_avg_sq = v;
-  if (a.teacher) b.teacher = t, copy_tail(t, a.teacher + whole, tail);
-  if (a.student_shadow) b.student_shadow = ps;
-  if (a.teacher_shadow) b.teacher_shadow = ts;
-  copy_tail(p, a.param + whole, tail);
-  if (kGrad) {
-    copy_tail(g, a.grad + whole, tail);
-    copy_tail(m, a.exp_avg + whole, tail);
-    copy_tail(v, a.exp_avg_sq + whole, tail);
+  if (a.teacher) b.teacher = t, copy_tail(t, a.teacher + i, tail);
+  if (a.student_shadow) b.student_shadow = student;
+  if (a.teacher_shadow) b.teacher_shadow = teacher;
+  copy_tail(p, a.param + i, tail);
+  if constexpr (kGrad) {
+    copy_tail(g, a.grad + i, tail);
+    copy_tail(m, a.exp_avg + i, tail);
+    copy_tail(v, a.exp_avg_sq + i, tail);
   }
-  adamw_at<kGrad>(b, 0, c);
-  if (kGrad) {
-    copy_tail(a.param + whole, p, tail);
-    copy_tail(a.exp_avg + whole, m, tail);
-    copy_tail(a.exp_avg_sq + whole, v, tail);
+  adamw_at<kGrad, false>(b, 0, c);
+  if constexpr (kGrad) {
+    copy_tail(a.param + i, p, tail);
+    copy_tail(a.exp_avg + i, m, tail);
+    copy_tail(a.exp_avg_sq + i, v, tail);
   }
-  if (a.teacher) copy_tail(a.teacher + whole, t, tail);
-  if (a.student_shadow) copy_tail(a.student_shadow + whole, ps, tail);
-  if (a.teacher_shadow) copy_tail(a.teacher_shadow + whole, ts, tail);
+  if (a.teacher) copy_tail(a.teacher + i, t, tail);
+  if (a.student_shadow) copy_tail(a.student_shadow + i, student, tail);
+  if (a.teacher_shadow) copy_tail(a.teacher_shadow + i, teacher, tail);
 }
 
 }  // namespace
 
-void ema_update(const ema::EmaItem& item, float momentum, float rest) {
+void ema_update(const ema::EmaItem& item, float rest) {
+  const Lerp lerp(rest);
   switch (item.student_type) {
     case Type::f32:
-      return ema_loop<Type::f32>(item, momentum, rest);
+      return ema_loop<Type::f32>(item, lerp);
     case Type::bf16:
-      return ema_loop<Type::bf16>(item, momentum, rest);
+      return ema_loop<Type::bf16>(item, lerp);
     case Type::f16:
-      return ema_loop<Type::f16>(item, momentum, rest);
+      return ema_loop<Type::f16>(item, lerp);
   }
 }
 
-void adamw_ema(const ema::AdamWItem& item, float grad_scale, float momentum, float rest) {
+void adamw_ema(const ema::AdamWItem& item, float grad_scale, float rest, bool stream) {
   const ema::AdamWStep& s = item.step;
-  const Constants c{splat(s.beta1),      splat(s.one_minus_beta1), splat(s.beta2),  splat(s.one_minus_beta2),
-                    splat(s.step_size),  splat(s.root_scale),      splat(s.eps),    splat(s.decay_first),
-                    splat(s.decay_last), splat(grad_scale),        splat(momentum), splat(rest)};
-  item.grad ? adamw_loop<true>(item, c) : adamw_loop<false>(item, c);
+  const Constants c{splat(s.beta1),       splat(s.one_minus_beta1), splat(s.beta2), splat(s.one_minus_beta2),
+                    splat(s.step_size),   splat(s.root_scale),      splat(s.eps),   splat(-s.decay_first),
+                    splat(-s.decay_last), splat(grad_scale),        Lerp(rest)};
+  const auto addresses =
+      reinterpret_cast<uintptr_t>(item.student_shadow) | reinterpret_cast<uintptr_t>(item.teacher_shadow);
+  if (!item.grad)
+    adamw_loop<false, false>(item, c);
+  else if (stream && addresses % sizeof(vh) == 0)
+    adamw_loop<true, true>(item, c);
+  else
+    adamw_loop<true, false>(item, c);
 }
 
 double sum_of_squares(const float* x, int64_t n) {
@@ -167,6 +214,7 @@ double sum_of_squares(const float* x, int64_t n) {
   vd sums = {};
   const int64_t whole = n - n % kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) {
+    __builtin_prefetch(x + i + 4 * kAhead);
     const vd d = __builtin_convertvector(load(x + i), vd);
     sums += d * d;
   }
