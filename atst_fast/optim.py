@@ -81,45 +81,80 @@ class AdamWEMA(torch.optim.Optimizer):
         self._teacher: dict[Tensor, Tensor] = {}
         self._shadows: dict[Tensor, Tensor] = {}
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self._set_teacher(teacher)
-        self._set_shadows(shadows or {})
+        if isinstance(teacher, Mapping):
+            self._pair(list(teacher), list(teacher.values()))
+        elif teacher is not None:
+            self._pair([p for group in self.param_groups for p in group["params"]], teacher)
+        self._add_shadows(shadows or {})
+        self._index()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its key ``"teacher"`` (a list along its parameters, None where there is none) is optional."""
         teacher = param_group.pop("teacher", None)
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        number, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
-            _check_hyper(group, len(self.param_groups) - 1)
+            _hyper(group, number)
             for i, p in enumerate(group["params"]):
-                _ops.check_entry(_OP, f"params[{i}] of group {len(self.param_groups) - 1}", p)
+                _ops.check_entry(_OP, f"params[{i}] of group {number}", p)
             if teacher is not None:
                 self._pair(group["params"], teacher)
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
-
-    def _set_teacher(self, teacher: Sequence[Tensor | None] | Mapping[Tensor, Tensor] | None) -> None:
-        if isinstance(teacher, Mapping):
-            self._pair(list(teacher), list(teacher.values()))
-        elif teacher is not None:
-            self._pair([p for group in self.param_groups for p in group["params"]], list(teacher))
+        self._index()
 
     def _pair(self, params: Sequence[Tensor], teachers: Sequence[Tensor | None]) -> None:
         if len(params) != len(teachers):
             raise ValueError(f"{_OP}: teacher must have one entry per parameter ({len(params)}), got {len(teachers)}")
-        for i, (p, t) in enumerate(zip(params, teachers)):
-            if t is not None:
-                _ops.check_entry(_OP, f"teacher[{i}]", t, like=p)
-                self._teacher[p] = t
+        pairs = {p: t for p, t in zip(params, teachers) if t is not None}
+        for i, (p, t) in enumerate(pairs.items()):
+            _ops.check_entry(_OP, f"the parameter of teacher[{i}]", p)
+            _ops.check_entry(_OP, f"teacher[{i}]", t, like=p)
+        self._teacher.update(pairs)
 
-    def _set_shadows(self, shadows: Mapping[Tensor, Tensor]) -> None:
+    def _add_shadows(self, shadows: Mapping[Tensor, Tensor]) -> None:
         known = {*self._teacher, *self._teacher.values(), *(p for g in self.param_groups for p in g["params"])}
         for source, shadow in shadows.items():
             if source not in known:
                 _checks.fail(_OP, "shadows", "a mapping whose keys are parameters or teacher tensors", source)
             _ops.check_entry(_OP, "shadows", shadow, like=source, dtypes=(torch.bfloat16,))
-            self._shadows[source] = shadow
+        self._shadows.update(shadows)
+
+    def _index(self) -> None:
+        """Teacher and shadows by the parameter's id, which a step finds faster than by the tensor."""
+        self._partners = {id(p): (t, self._shadows.get(t)) for p, t in self._teacher.items()}
+        self._student_shadows = {id(p): shadow for p, shadow in self._shadows.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("form", "momentum", "max_grad_norm", "grad_norm", "_teacher", "_shadows")
+        return super().__getstate__() | {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._index()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.AdamW's, and ``momentum``. The teacher is the model's to save."""
+        return super().state_dict() | {"momentum": float(self.momentum)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state dict of this class or of torch.optim.AdamW (without ``amsgrad`` or ``maximize``).
+
+        Hyper-parameters come from the state dict as well, as in torch; the tensors are copied.
+        """
+        for i, group in enumerate(state_dict["param_groups"]):
+            for name in ("amsgrad", "maximize"):
+                if group.get(name):
+                    _checks.fail(_OP, f"state_dict's {name} of group {i}", "False", True)
+            _hyper({**self.defaults, **group}, i)
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "momentum"})
+        if "momentum" in state_dict:
+            self.momentum = state_dict["momentum"]
+        for p, state in self.state.items():
+            state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].to(p.dtype, copy=True, memory_format=torch.contiguous_format)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -140,66 +175,69 @@ class AdamWEMA(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         m = _ops.momentum_tensor(_OP, self.momentum if momentum is None else momentum)
-        lists = self._lists()
+        hyper = [_hyper(group, i) for i, group in enumerate(self.param_groups)]
+        lists, grads = self._lists()
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if len(lists[0]) > sum(sizes):  # what is only averaged: a group whose hyper-parameters nobody reads
+            sizes.append(len(lists[0]) - sum(sizes))
+            hyper.append([0.0] * 5)
+        scale = self._scale(grads, grad_scale)
         if lists[0]:
-            hyper = torch.tensor([_check_hyper(g, i) for i, g in enumerate(self.param_groups)], dtype=torch.float64)
-            hyper = torch.cat([hyper, hyper.new_zeros(1, 5)])  # the row of what is only averaged
-            sizes = [len(g["params"]) for g in self.param_groups]
-            scale = self._scale([g for g in lists[1] if g.numel()], grad_scale)
-            _ops.adamw_ema_(*lists, hyper, [*sizes, len(lists[0]) - sum(sizes)], m, scale, self.form == "hf")
+            table = torch.tensor(hyper, dtype=torch.float64)
+            _ops.adamw_ema_(*lists, table, sizes, m, scale, self.form == "hf")
         return loss
 
     def _scale(self, grads: list[Tensor], grad_scale: float | Tensor | None) -> Tensor | None:
         """The factor of all gradients: the caller's, times what brings their norm down to max_grad_norm."""
-        scale = None if grad_scale is None else torch.as_tensor(grad_scale, dtype=torch.float64)
-        if scale is not None and (scale.dim() or not math.isfinite(scale)):
+        factor = 1.0 if grad_scale is None else float(grad_scale)
+        if not math.isfinite(factor):
             _checks.fail(_OP, "grad_scale", "a finite number", grad_scale)
+        scale = None if grad_scale is None else torch.tensor(factor, dtype=torch.float64)
         if self.max_grad_norm is None:
             return scale
-        self.grad_norm = _ops.grad_norm(grads) * (1.0 if scale is None else scale.abs())
-        clip = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        return clip if scale is None else clip * scale
+        self.grad_norm = _ops.grad_norm(grads) * abs(factor)
+        return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0) * factor
 
-    def _lists(self) -> tuple[list[Tensor], ...]:
-        """The operator's lists along all parameters and, after them, the pairs that are only averaged."""
+    def _lists(self) -> tuple[tuple[list[Tensor], ...], list[Tensor]]:
+        """The operator's lists along all parameters and, after them, what is only averaged; and the gradients."""
         params = [p for group in self.param_groups for p in group["params"]]
-        self._init_state([p for p in params if p.grad is not None])
-        own = set(params)
-        params += [p for p in self._teacher if p not in own]
-        if not params:
-            return ([],)
-        none = params[0].new_empty(0)
+        trained = {id(p) for p in params}
+        none = torch.empty(0) if not params else params[0].new_empty(0)
+        absent = dict(exp_avg=none, exp_avg_sq=none, step=none)
         grads, exp_avgs, exp_avg_sqs, steps = [], [], [], []
         for p in params:
-            state = self.state[p] if p in own and p.grad is not None else None
-            grads.append(none if state is None else _gradient(p))
-            exp_avgs.append(none if state is None else state["exp_avg"])
-            exp_avg_sqs.append(none if state is None else state["exp_avg_sq"])
-            steps.append(none if state is None else state["step"])
-        teachers = [self._teacher.get(p, none) for p in params]
-        student_shadows = [self._shadows.get(p, none) for p in params]
-        teacher_shadows = [self._shadows.get(t, none) for t in teachers]
-        return params, grads, exp_avgs, exp_avg_sqs, steps, teachers, student_shadows, teacher_shadows
+            if (g := p.grad) is None:
+                state = absent
+            else:
+                state = self.state[p] or self._first_state(p)
+            grads.append(none if g is None else _dense(g))
+            exp_avgs.append(state["exp_avg"])
+            exp_avg_sqs.append(state["exp_avg_sq"])
+            steps.append(state["step"])
+        extra = [p for p in self._teacher if id(p) not in trained]
+        params += extra
+        for partial in (grads, exp_avgs, exp_avg_sqs, steps):
+            partial += [none] * len(extra)
+        partners = [self._partners.get(id(p), (none, None)) for p in params]
+        shadows = [self._student_shadows.get(id(p), none) for p in params] if self._shadows else []
+        teacher_shadows = [none if s is None else s for _, s in partners] if self._shadows else []
+        lists = (params, grads, exp_avgs, exp_avg_sqs, steps, [t for t, _ in partners], shadows, teacher_shadows)
+        return lists, [g for g in grads if g is not none]
 
-    def _init_state(self, params: list[Tensor]) -> None:
-        for p in params:
-            if not self.state[p]:
-                self.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
+    def _first_state(self, p: Tensor) -> dict[str, Tensor]:
+        state = self.state[p]
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        return state
 
 
-def _gradient(p: Tensor) -> Tensor:
-    g = p.grad
-    assert g is not None
+def _dense(g: Tensor) -> Tensor:
     if g.layout != torch.strided:
         _checks.fail(_OP, "the gradient of a parameter", f"dense, not {g.layout}", g)
     return g.contiguous()
 
 
-def _check_hyper(group: dict[str, Any], i: int) -> list[float]:
+def _hyper(group: dict[str, Any], i: int) -> list[float]:
     """lr, weight_decay, beta1, beta2, eps of a group as numbers."""
     row = [float(x) for x in (group["lr"], group["weight_decay"], *group["betas"], group["eps"])]
     for name, value in zip(("lr", "weight_decay", "beta1", "beta2", "eps"), row):

@@ -83,15 +83,15 @@ def adamw_ema_(
 ) -> None:
     """One step of AdamWEMA for lists of equally many tensors; the checks for its user are in atst_fast.optim.
 
-    Entry i of each list belongs to ``params[i]`` and has its shape (``steps[i]``: no axes); a tensor without elements
-    stands for "there is none": no ``steps[i]``, no AdamW step; no ``teachers[i]``, no teacher update; the shadows
-    are bfloat16 copies to be written. ``hyper`` is float64 ``[groups, 5]`` (lr, weight_decay, beta1, beta2, eps), row g
-    for the next ``group_sizes[g]`` parameters. The gradient is multiplied by ``grad_scale`` first.
+    Entry i of each list belongs to ``params[i]`` and has its shape (``steps[i]``: no axes). A tensor without elements
+    stands for "there is none": no ``steps[i]``, no AdamW step; no ``teachers[i]``, no teacher update; the shadows are
+    bfloat16 copies to be written. The lists of teachers and shadows may be empty. The gradient is multiplied by
+    ``grad_scale`` first. ``hyper`` is float64 ``[groups, 5]`` (lr, weight_decay, beta1, beta2, eps), row g for the
+    next ``group_sizes[g]`` parameters.
     """
     tensors = (params, grads, exp_avgs, exp_avg_sqs, steps, teachers, student_shadows, teacher_shadows)
     torch.ops.atst_fast.adamw_ema_(*tensors, hyper, group_sizes, momentum, grad_scale, hf)
-    for changed in (params, exp_avgs, exp_avg_sqs, teachers, student_shadows, teacher_shadows):
-        _mark_changed(changed)
+    _mark_changed([*params, *teachers, *student_shadows, *teacher_shadows])
 
 
 def momentum_tensor(op: str, momentum: float | Tensor) -> Tensor:

@@ -34,9 +34,10 @@ def adamw_ema_(
     grad_scale: Tensor | None,
     hf: bool,
 ) -> None:
-    """One AdamW step per parameter, then the teacher update and the copies; what an entry without elements stands for
-    does not exist: no ``steps`` entry means no AdamW step, no teacher means no teacher update, and so on.
+    """One AdamW step per parameter, then the teacher update and the copies.
 
+    What an entry without elements stands for does not exist: no ``steps`` entry means no AdamW step, no teacher means
+    no teacher update, and so on; for teachers and shadows, an empty list stands for such entries.
     ``hyper`` is ``[groups, 5]``: lr, weight_decay, beta1, beta2, eps of the next ``group_sizes[g]`` parameters.
     """
     rows = [row for row, size in zip(hyper.tolist(), group_sizes) for _ in range(size)]
@@ -44,11 +45,12 @@ def adamw_ema_(
         if steps[i].numel():
             g = grads[i] if grad_scale is None else grads[i] * grad_scale
             (adamw_hf_ if hf else adamw_torch_)(p, g, exp_avgs[i], exp_avg_sqs[i], steps[i], *row)
-        if teachers[i].numel():
+        if teachers and teachers[i].numel():
             ema_update_([teachers[i]], [p], momentum)
-        for copy, source in ((student_shadows[i], p), (teacher_shadows[i], teachers[i])):
-            if copy.numel():
-                copy.copy_(source)
+        if student_shadows and student_shadows[i].numel():
+            student_shadows[i].copy_(p)
+        if teacher_shadows and teacher_shadows[i].numel():
+            teacher_shadows[i].copy_(teachers[i])
 
 
 def adamw_torch_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, *hyper: float) -> None:

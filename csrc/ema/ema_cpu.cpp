@@ -22,12 +22,16 @@ constexpr int64_t kPiece = 1 << 16;
 // With more parameters than this the shadows are written past the caches: nobody would find them there.
 constexpr int64_t kCached = 1 << 22;
 
-// run(item) for every item, each thread taking the next one that is free.
+// Fewer elements than this are done before other threads have woken up.
+constexpr int64_t kSerial = 1 << 15;
+
+// run(i, items[i]) for every item, each thread taking the next one that is free.
 template <class Item, class Run>
-void for_each_item(const std::vector<Item>& items, const Run& run) {
+void for_each_item(const std::vector<Item>& items, int64_t elements, const Run& run) {
   std::atomic<int64_t> next{0};
   const auto size = static_cast<int64_t>(items.size());
-  parallel_for(0, std::min<int64_t>(size, torch::stable::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+  const int64_t threads = elements < kSerial ? 1 : std::min<int64_t>(size, torch::stable::get_num_threads());
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread)
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < size;) run(i, items[i]);
   });
@@ -42,10 +46,11 @@ void check_float(const Tensor& t, const char* op, const char* name, size_t i) {
   ATST_CHECK(t.scalar_type() == ScalarType::Float, op, ": ", name, "[", i, "] must be float32");
 }
 
+// `optional`: no tensors at all will do as well.
 void check_length(const TensorList& list, const TensorList& first, const char* op, const char* name,
-                  const char* first_name) {
-  ATST_CHECK(list.size() == first.size(), op, ": ", name, " must have as many tensors as ", first_name, " (",
-             first.size(), "), got ", list.size());
+                  const char* first_name, bool optional = false) {
+  ATST_CHECK(list.size() == first.size() || (optional && list.empty()), op, ": ", name,
+             " must have as many tensors as ", first_name, " (", first.size(), "), got ", list.size());
 }
 
 // A CPU tensor of one float32 or float64 value.
@@ -80,6 +85,7 @@ void ema_update_(TensorList teacher, TensorList student, Tensor momentum) {
   check_length(student, teacher, op, "student", "teacher");
   const double m = momentum_of(momentum, op);
   std::vector<EmaItem> items;
+  int64_t elements = 0;
   for (size_t i = 0; i < teacher.size(); ++i) {
     const Tensor &t = teacher[i], &s = student[i];
     check_entry(t, op, "teacher", i);
@@ -87,13 +93,14 @@ void ema_update_(TensorList teacher, TensorList student, Tensor momentum) {
     check_float(t, op, "teacher", i);
     ATST_CHECK(t.sizes().equals(s.sizes()), op, ": student[", i, "] must have the shape of teacher[", i, "]");
     const Type type = type_of(s, op, i);
+    elements += t.numel();
     auto* to = static_cast<float*>(t.mutable_data_ptr());
     const auto* from = static_cast<const char*>(s.const_data_ptr());
     for (int64_t o = 0, n = t.numel(); o < n; o += kPiece)
       items.push_back({to + o, from + o * (type == Type::f32 ? 4 : 2), std::min(kPiece, n - o), type});
   }
   const auto run = ATST_SELECT_SIMD(ema_update);
-  for_each_item(items, [&](int64_t, const EmaItem& item) { run(item, static_cast<float>(1 - m)); });
+  for_each_item(items, elements, [&](int64_t, const EmaItem& item) { run(item, static_cast<float>(1 - m)); });
 }
 
 // lr, weight_decay, beta1, beta2, eps of one group, at a parameter's t-th step.
@@ -132,8 +139,8 @@ void check_hyper(const Tensor& hyper, const std::vector<int64_t>& group_sizes, s
 template <class T>
 T* entry(const TensorList& list, size_t i, const Tensor& param, ScalarType dtype, const char* name) {
   const char* op = "adamw_ema_";
+  if (list.empty() || list[i].numel() == 0) return nullptr;
   const Tensor& t = list[i];
-  if (t.numel() == 0) return nullptr;
   check_entry(t, op, name, i);
   ATST_CHECK(t.scalar_type() == dtype, op, ": ", name, "[", i, "] has the wrong dtype");
   ATST_CHECK(t.sizes().equals(param.sizes()), op, ": ", name, "[", i, "] must have the shape of params[", i, "]");
@@ -146,7 +153,7 @@ void adamw_ema_(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
   const char* op = "adamw_ema_";
   const char* names[] = {"grads", "exp_avgs", "exp_avg_sqs", "steps", "teachers", "student_shadows", "teacher_shadows"};
   const TensorList* lists[] = {&grads, &exp_avgs, &exp_avg_sqs, &steps, &teachers, &student_shadows, &teacher_shadows};
-  for (int i = 0; i < 7; ++i) check_length(*lists[i], params, op, names[i], "params");
+  for (int i = 0; i < 7; ++i) check_length(*lists[i], params, op, names[i], "params", i >= 4);
   check_hyper(hyper, group_sizes, params.size(), op);
   const double m = momentum_of(momentum, op);
   const double scale = grad_scale ? value_of(*grad_scale, op, "grad_scale") : 1.0;
@@ -187,7 +194,7 @@ void adamw_ema_(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
   }
   for (float* counter : counters) ++*counter;
   const auto run = ATST_SELECT_SIMD(adamw_ema);
-  for_each_item(items, [&](int64_t, const AdamWItem& item) {
+  for_each_item(items, elements, [&](int64_t, const AdamWItem& item) {
     run(item, static_cast<float>(scale), static_cast<float>(1 - m), elements > kCached);
   });
 }
@@ -200,15 +207,17 @@ struct Span {
 Tensor grad_norm(TensorList grads) {
   const char* op = "grad_norm";
   std::vector<Span> spans;
+  int64_t elements = 0;
   for (size_t i = 0; i < grads.size(); ++i) {
     check_entry(grads[i], op, "grads", i);
     check_float(grads[i], op, "grads", i);
     const auto* x = static_cast<const float*>(grads[i].const_data_ptr());
+    elements += grads[i].numel();
     for (int64_t o = 0, n = grads[i].numel(); o < n; o += kPiece) spans.push_back({x + o, std::min(kPiece, n - o)});
   }
   std::vector<double> sums(spans.size());
   const auto run = ATST_SELECT_SIMD(sum_of_squares);
-  for_each_item(spans, [&](int64_t i, const Span& span) { sums[i] = run(span.x, span.n); });
+  for_each_item(spans, elements, [&](int64_t i, const Span& span) { sums[i] = run(span.x, span.n); });
   double sum = 0;
   for (double s : sums) sum += s;
   Tensor norm = torch::stable::empty({}, ScalarType::Double);
