@@ -9,6 +9,8 @@
 # frame_attention
 
 # ema
+# teacher + (1 - momentum) * (student - teacher): the difference, the product and the sum are rounded, half a unit each.
+EMA_ULPS = 1.5
 # One step: a handful of float32 roundings of the parameter and of the update, which is at most about lr = 1e-3.
 ADAMW_RTOL = 4 * 2**-23
 ADAMW_ATOL = 1e-3 * 4 * 2**-23

@@ -1,0 +1,139 @@
+"""One run as one JSON file and as tables.
+
+The JSON: what machine.describe() returns, ``date``, and ``cases``, each with ``group``, ``name``, ``params``,
+``median_s``, ``iqr_s``, ``min_s``, ``rounds``, the ``extra_info`` of the benchmark, ``floor_s`` (null where neither
+bytes nor flops are known) and ``ratio_to_atst_fast`` (its median over ours, null where there is no counterpart).
+A share of the floor above 100 % means that the data was in the caches.
+"""
+
+import datetime
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+OURS = "atst_fast"
+
+
+def collect(benchmarks: Iterable, machine: dict) -> dict:
+    cases = [_case(b, machine["rates"]) for b in benchmarks]
+    for case in cases:
+        ours = [c for c in cases if _comparison(c) == _comparison(case) and c["params"].get("provider") == OURS]
+        case["ratio_to_atst_fast"] = case["median_s"] / ours[0]["median_s"] if ours else None
+    date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    return {"date": date, **machine, "cases": cases}
+
+
+def _case(benchmark, rates: dict) -> dict:
+    stats, extra = benchmark.stats, dict(benchmark.extra_info)
+    floors = [
+        extra["bytes"] / max(v for k, v in rates.items() if k.endswith("bytes_per_s")) if "bytes" in extra else 0.0,
+        extra["flops"] / rates["sgemm_flops"] if "flops" in extra else 0.0,
+    ]
+    return {
+        "group": benchmark.group or benchmark.name.split("[")[0],
+        "name": benchmark.name,
+        "params": {k: v if isinstance(v, (int, float, bool)) else str(v) for k, v in (benchmark.params or {}).items()},
+        "median_s": stats.median,
+        "iqr_s": stats.iqr,
+        "min_s": stats.min,
+        "rounds": stats.rounds,
+        "extra_info": extra,
+        "floor_s": max(floors) or None,
+    }
+
+
+def _comparison(case: dict) -> tuple:
+    """What cases have in common that are compared with one another."""
+    others = sorted((k, str(v)) for k, v in case["params"].items() if k != "provider")
+    return case["group"], case["name"].split("[")[0], tuple(others)
+
+
+def save(result: dict) -> Path:
+    """Write the result under its device's folder, in one step, and return where."""
+    device, commit = result["device"], result["commit"]
+    folder = RESULTS / _slug(f"{device['name']} {device['cores']} cores")
+    folder.mkdir(parents=True, exist_ok=True)
+    date = re.sub(r"[-:]", "", result["date"])[:15]
+    path = folder / f"{date}-{commit['id']}{'-dirty' if commit['dirty'] else ''}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)", "", name.lower())).strip("-")
+
+
+def tables(result: dict) -> list[str]:
+    """The lines to print: the machine, then one table per group; comparisons are kept apart by their order."""
+    device, rates = result["device"], result["rates"]
+    lines = [
+        "",
+        f"{device['name']}, {device['cores']} cores, {device['isa']}, {result['threads']} threads, "
+        f"torch {result['versions']['torch']}, commit {result['commit']['id']}"
+        + (" with changes" if result["commit"]["dirty"] else ""),
+        f"copy {rates['copy_bytes_per_s'] / 1e9:.1f}, a += b {rates['add_bytes_per_s'] / 1e9:.1f}, "
+        f"a *= c {rates['scale_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"sgemm {rates['sgemm_flops'] / 1e9:.0f} GFLOP/s",
+    ]
+    for group in dict.fromkeys(c["group"] for c in result["cases"]):
+        lines += ["", group, *_table([c for c in result["cases"] if c["group"] == group])]
+    return lines
+
+
+def _table(cases: list[dict]) -> list[str]:
+    cases = sorted(cases, key=lambda c: (_first_index(cases, c), c["params"].get("provider") != OURS, c["median_s"]))
+    rows = [("case", "provider", "median", "IQR", "rate", "of floor", f"x {OURS}", "")]
+    rows += [_row(c) for c in cases]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(w) if i in (0, 1, 7) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
+
+
+def _first_index(cases: list[dict], case: dict) -> int:
+    return next(i for i, c in enumerate(cases) if _comparison(c) == _comparison(case))
+
+
+def _row(case: dict) -> tuple[str, ...]:
+    params, extra, median = case["params"], case["extra_info"], case["median_s"]
+    label = " ".join([case["name"].split("[")[0].removeprefix("test_"), *_values(params)])
+    share = f"{case['floor_s'] / median:.0%}" if case["floor_s"] else ""
+    ratio = f"{case['ratio_to_atst_fast']:.2f}" if case["ratio_to_atst_fast"] else ""
+    provider = str(params.get("provider", ""))
+    return (
+        label,
+        provider,
+        _time(median),
+        _time(case["iqr_s"]),
+        _rate(extra, median),
+        share,
+        ratio,
+        extra.get("note", ""),
+    )
+
+
+def _values(params: dict) -> list[str]:
+    return [str(v) if k in ("size", "arch") else f"{k}={v}" for k, v in params.items() if k != "provider"]
+
+
+def _rate(extra: dict, seconds: float) -> str:
+    if "items" in extra:
+        number, unit = extra["items"]
+        return f"{number / seconds:,.0f} {unit}/s"
+    if "flops" in extra:
+        return f"{extra['flops'] / seconds / 1e9:.1f} GFLOP/s"
+    return f"{extra['bytes'] / seconds / 1e9:.1f} GB/s" if "bytes" in extra else ""
+
+
+def _time(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}" if seconds < 1000 * scale else f"{seconds / scale:.0f} {unit}"
+    return f"{seconds * 1e6:.3g} us"
