@@ -1,0 +1,184 @@
+"""Checkpoints: weights that anybody can read, and beside them what a run needs to continue bit for bit.
+
+``step-00000500.safetensors`` holds the weights under the keys of the official checkpoints
+(``model.student.encoder...``, ``model.teacher.projector...``) and the configuration as JSON in its metadata;
+``step-00000500.state.pt`` holds the rest (optimizer, front end, random numbers). The weights are written last: where
+they are, the checkpoint is complete.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from atst_fast.train.config import UserError
+from atst_fast.train.files import TEMPORARY, write_atomically
+
+if TYPE_CHECKING:
+    from atst_fast.models import FrameEncoder
+
+FOLDER = "checkpoints"
+PREFIX = "model."
+_NAME = re.compile(r"step-(\d{8,})\.safetensors")
+
+
+class Loaded(NamedTuple):
+    """``weights`` by official key, ``config`` as saved (model, front_end, settings), ``step`` (steps done)."""
+
+    weights: dict[str, Tensor]
+    config: dict[str, Any]
+    step: int
+
+
+class LoadedEncoder(NamedTuple):
+    """An encoder in eval mode and the arguments of ``nn.LogMelSpectrogram`` that it was trained with."""
+
+    encoder: "FrameEncoder"
+    front_end: dict[str, Any]
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [(int(m[1]), p) for p in (run / FOLDER).glob("*.safetensors") if (m := _NAME.fullmatch(p.name))]
+    return [p for _, p in sorted(found)]
+
+
+def state_path(weights: Path) -> Path:
+    return weights.with_suffix(".state.pt")
+
+
+def save(
+    run: Path, step: int, weights: Mapping[str, Tensor], state: dict[str, Any], config: dict[str, Any], keep: int
+) -> Path:
+    """Write the checkpoint of ``step`` and delete all but the last ``keep``; returns the weights' path.
+
+    ``weights`` are the model's (keys without ``model.``); ``state`` holds tensors, numbers, strings, lists and dicts.
+    Where the disk is full or the folder cannot be written, UserError; what was there before stays.
+    """
+    folder = run / FOLDER
+    path = folder / f"step-{step:08d}.safetensors"
+    before = checkpoints(run)
+    stays = f"the last good checkpoint is {before[-1]}" if before else "there is no checkpoint yet"
+    tensors = {PREFIX + k: v.detach().contiguous().cpu() for k, v in weights.items()}
+    metadata = {"format": "pt", "step": str(step), "config": json.dumps(config)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(state_path(path), lambda p: _save_state(p, {"step": step, **state}))
+        write_atomically(path, lambda p: save_file(tensors, p, metadata))
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot write the checkpoint {path}: {reason}; {stays}") from error
+    for old in [p for p in before if p != path][: -(keep - 1) or None]:
+        old.unlink()
+        state_path(old).unlink(missing_ok=True)
+    for stray in [*folder.glob("*" + TEMPORARY), *(p for p in folder.glob("*.state.pt") if _orphan(p))]:
+        stray.unlink()  # what a killed process left
+    return path
+
+
+def load(path: Path) -> Loaded:
+    """Weights, configuration and step of a checkpoint: its safetensors file, or a run's folder for its last one."""
+    path = find(path)
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = f.metadata() or {}
+            weights = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+    try:
+        config = json.loads(metadata["config"])
+        return Loaded(weights, config, int(metadata["step"]))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} was not written by atst-fast pretrain: no configuration in its metadata") from error
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What ``save`` wrote beside the weights ``path``. Runs no code from the file."""
+    path = state_path(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"cannot continue: {path}, the state that belongs to the weights, is missing") from None
+    except Exception as error:  # torch raises many kinds for damaged files
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{path} is damaged ({reason}); delete this checkpoint to go on from the one before") from error
+
+
+def find(path: Path) -> Path:
+    """The weights' file that ``path`` means: itself, or the last checkpoint of a run's folder."""
+    if path.is_dir():
+        run = path.parent if path.name == FOLDER else path
+        found = checkpoints(run)
+        if not found:
+            raise UserError(f"no checkpoint in {path}: expected {FOLDER}/step-*.safetensors")
+        return found[-1]
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}")
+    return path
+
+
+def load_encoder(path: Path | str, which: str = "teacher") -> LoadedEncoder:
+    """The encoder of a checkpoint or of a run's last one, in eval mode; ``which`` is "teacher" or "student"."""
+    from atst_fast.models import FrameEncoder
+
+    if which not in ("teacher", "student"):
+        raise ValueError(f"load_encoder: which must be 'teacher' or 'student', got {which!r}")
+    loaded = load(Path(path))
+    prefix = f"{PREFIX}{which}.encoder."
+    weights = {k.removeprefix(prefix): v for k, v in loaded.weights.items() if k.startswith(prefix)}
+    settings = {k: v for k, v in loaded.config["model"].items() if k not in ("hidden", "out", "symmetric")}
+    encoder = FrameEncoder(**(settings | {"patch": tuple(settings["patch"])}))
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path}: its weights do not fit its own configuration: {error}") from error
+    return LoadedEncoder(encoder.eval().requires_grad_(False), loaded.config["front_end"])
+
+
+def load_model(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load the weights of a checkpoint into the model that wrote it."""
+    model.load_state_dict({k.removeprefix(PREFIX): v for k, v in weights.items()})
+
+
+def _save_state(path: Path, state: dict[str, Any]) -> None:
+    with open(path, "wb") as f:
+        _guarded(f.write, lambda write: torch.save(state, _Sink(write)))
+
+
+class _Sink:
+    """The least that torch.save asks of a file."""
+
+    def __init__(self, write: Callable[[bytes], int]):
+        self.write = write
+
+    def flush(self) -> None:
+        pass
+
+
+def _guarded(write: Callable[[bytes], int], use: Callable[[Callable[[bytes], int]], None]) -> None:
+    """Call ``use`` with ``write``, and raise the OSError of ``write`` itself: torch hides it behind its own."""
+    failure: list[OSError] = []
+
+    def attempt(data: bytes) -> int:
+        try:
+            return write(data)
+        except OSError as error:
+            failure.append(error)
+            raise
+
+    try:
+        use(attempt)
+    except Exception:
+        if failure:
+            raise failure[0] from None
+        raise
+
+
+def _orphan(state: Path) -> bool:
+    return not state.with_name(state.name.replace(".state.pt", ".safetensors")).exists()

@@ -1,0 +1,205 @@
+"""Clips to batches: which clips, which crops, prepared ahead in threads.
+
+Batch k of epoch e follows from (seed, e, k) and the files alone, so that a run continues exactly from its step number.
+"""
+
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from atst_fast.train.audio import SILENT, AudioError, Problems, find_audio, names_hash, probe, read
+from atst_fast.train.config import UserError
+from atst_fast.train.pack import Pack, is_pack
+
+_ORDER, _CROP, _SUBSET = range(3)  # the streams of random numbers
+
+
+class Source(Protocol):
+    """Clips by number."""
+
+    names: list[str]
+    samples: NDArray[np.int64]  # [clips], at 16 kHz
+
+    def take(self, clips: NDArray[np.int64], where: NDArray[np.float64], out: NDArray[np.int16]) -> None:
+        """Fill ``out`` [B, N] with a crop of each clip; ``where`` in [0, 1) says which of its N-sample crops."""
+        ...
+
+
+def starts(samples: NDArray[np.int64], n: int, where: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The first sample of each crop of ``n``: uniform over all whole ones, 0 for clips that are shorter."""
+    return (where * (np.maximum(samples - n, 0) + 1)).astype(np.int64)
+
+
+class FolderSource:
+    """Audio files, decoded by a pool of threads (soundfile leaves Python alone while it works)."""
+
+    def __init__(self, folder: Path, workers: int, problems: Problems):
+        self.folder, self.problems = folder, problems
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        names = find_audio(folder)
+        found = list(self.pool.map(self._probe, names, chunksize=64))
+        self.names = [name for name, n in zip(names, found) if n]
+        self.samples = np.array([n for n in found if n], np.int64)
+        if not self.names:
+            raise UserError(f"none of the {len(names)} audio files in {folder} can be used; {problems.summary()}")
+
+    def take(self, clips: NDArray[np.int64], where: NDArray[np.float64], out: NDArray[np.int16]) -> None:
+        list(self.pool.map(self._fill, clips.tolist(), where.tolist(), out))
+
+    def _probe(self, name: str) -> int:
+        try:
+            return probe(self.folder / name).samples
+        except AudioError as error:
+            self.problems.add(name, f"{error} (skipped)")
+            return 0
+
+    def _fill(self, clip: int, where: float, row: NDArray[np.int16]) -> None:
+        """One crop. The place of a file that turns out to be undecodable goes to the next clip that can be read."""
+        n = len(row)
+        for i in range(clip, clip + len(self.names)):
+            name, length = self.names[i % len(self.names)], self.samples[i % len(self.names) :][:1]
+            try:
+                x = read(self.folder / name, int(starts(length, n, np.array(where))[0]), n)
+            except AudioError as error:
+                self.problems.add(name, f"{error} (skipped)")
+                continue
+            if not x.any():
+                self.problems.add(name, SILENT)
+            row[: len(x)] = x
+            row[len(x) :] = 0
+            return
+        raise UserError(f"no audio file in {self.folder} can be decoded any more; {self.problems.summary()}")
+
+
+class PackSource:
+    """Clips of a pack, gathered from mapped memory."""
+
+    def __init__(self, folder: Path):
+        self.pack = Pack(folder)
+        self.names, self.samples = self.pack.names, self.pack.samples
+
+    def take(self, clips: NDArray[np.int64], where: NDArray[np.float64], out: NDArray[np.int16]) -> None:
+        self.pack.take(clips, starts(self.samples[clips], out.shape[1], where), out)
+
+
+def open_source(path: Path, workers: int | None = None, problems: Problems | None = None) -> Source:
+    """The clips of a folder of audio or of a pack."""
+    if is_pack(path):
+        return PackSource(path)
+    return FolderSource(path, workers or os.cpu_count() or 1, problems or Problems())
+
+
+class Batch(NamedTuple):
+    """``waveform`` int16 [B, N] of training step ``step``."""
+
+    step: int
+    waveform: Tensor
+
+
+class Batches:
+    """Shuffled batches of random crops, without the incomplete one at the end of an epoch.
+
+    Every epoch goes through all clips in a new order (with ``subset``: through the next ``subset`` clips of a fixed
+    random order). Of ``world`` processes, number ``rank`` gets every ``world``-th clip of it.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        samples: int,
+        seed: int,
+        *,
+        subset: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.source, self.batch_size, self.n, self.seed = source, batch_size, samples, seed
+        self.subset, self.rank, self.world = subset, rank, world
+        clips = len(source.names)
+        self.per_epoch = min(subset or clips, clips) // world // batch_size
+        self._epoch: tuple[int, NDArray[np.int64]] | None = None
+        if not self.per_epoch:
+            raise UserError(
+                f"{clips} usable clips do not fill one batch of {batch_size}; give more audio or a smaller --batch-size"
+            )
+
+    def fingerprint(self) -> str:
+        """sha256 of the clip list."""
+        return names_hash(self.source.names, self.source.samples.tolist())
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The clips of an epoch, for this rank."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            clips = np.arange(len(self.source.names))
+            if self.subset and self.subset < len(clips):
+                fixed = np.random.default_rng([self.seed, _SUBSET]).permutation(clips)
+                clips = fixed.take(range(epoch * self.subset, (epoch + 1) * self.subset), mode="wrap")
+            clips = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(clips)
+            self._epoch = epoch, clips[self.rank :: self.world]
+        return self._epoch[1]
+
+    def clips(self, step: int) -> NDArray[np.int64]:
+        epoch, k = divmod(step, self.per_epoch)
+        return self.order(epoch)[k * self.batch_size : (k + 1) * self.batch_size]
+
+    def names(self, step: int) -> list[str]:
+        return [self.source.names[i] for i in self.clips(step)]
+
+    def batch(self, step: int, *, pin: bool = False) -> Batch:
+        draws = np.random.default_rng([self.seed, _CROP, step, self.rank]).random(self.batch_size)
+        out = torch.empty(self.batch_size, self.n, dtype=torch.int16, pin_memory=pin)
+        self.source.take(self.clips(step), draws, out.numpy())
+        return Batch(step, out)
+
+
+class Prefetcher:
+    """Iterates over the batches of steps ``first .. last - 1``, prepared ahead by a thread. A context manager."""
+
+    def __init__(self, batches: Batches, first: int, last: int, *, ahead: int = 4, pin: bool = False):
+        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(ahead)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._work, args=(batches, first, last, pin), name="prefetch", daemon=True
+        )
+
+    def __enter__(self) -> Iterator[Batch]:
+        self._thread.start()
+        return iter(self._next, None)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _next(self) -> Batch | None:
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _work(self, batches: Batches, first: int, last: int, pin: bool) -> None:
+        try:
+            for step in range(first, last):
+                if not self._put(batches.batch(step, pin=pin)):
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException | None) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+import soundfile
+import soxr
+
+from atst_fast.train import audio
+from atst_fast.train.config import UserError
+from tests import tolerances
+from tests.train.conftest import BAD, GOOD, tone
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_everything_becomes_mono_16_khz(good_folder, name):
+    seconds, rate, _ = GOOD[name]
+    path = good_folder / name
+    info, x = audio.probe(path), audio.read(path)
+    assert x.dtype == np.int16
+    assert x.ndim == 1
+    assert info.rate == rate
+    assert abs(len(x) - info.samples) <= 1
+    assert abs(len(x) / 16000 - seconds) < 0.06  # MP3 comes in frames of 26 to 50 ms
+    assert x.std() > 1000
+
+
+def test_integers_at_16_khz_pass_unchanged(tmp_path):
+    x = tone(1.0)
+    for name in ("a.wav", "a.flac"):
+        soundfile.write(tmp_path / name, x, 16000)
+        np.testing.assert_array_equal(audio.read(tmp_path / name), x)
+
+
+def test_crops_are_those_of_the_whole(good_folder):
+    for name in GOOD:
+        if name.endswith("MP3"):
+            continue  # libmpg123 decodes the first frame after a seek without its predecessor
+        whole = audio.read(good_folder / name)
+        np.testing.assert_array_equal(audio.read(good_folder / name, 1234, 2000), whole[1234:3234])
+        np.testing.assert_array_equal(audio.read(good_folder / name, len(whole) - 10, 2000), whole[-10:])
+        assert len(audio.read(good_folder / name, len(whole) + 5, 10)) == 0
+
+
+def test_stereo_is_averaged_and_resampled_as_soxr_does(tmp_path):
+    x = tone(1.0, 44100, 2)
+    soundfile.write(tmp_path / "a.wav", x, 44100)
+    expected = soxr.resample(x.astype(np.float64).mean(1) / 32768, 44100, 16000, quality="HQ") * 32768
+    np.testing.assert_allclose(audio.read(tmp_path / "a.wav"), expected, atol=tolerances.INT16_ROUNDING)
+
+
+def test_24_bit_and_float_files_are_rounded_and_clipped(tmp_path):
+    x = np.linspace(-1.2, 1.2, 2000, dtype=np.float32)
+    soundfile.write(tmp_path / "a.wav", x, 16000, subtype="FLOAT")
+    expected = np.clip(np.rint(x * np.float32(32768)), -32768, 32767)
+    np.testing.assert_array_equal(audio.read(tmp_path / "a.wav"), expected)
+    soundfile.write(tmp_path / "b.wav", x / 2, 16000, subtype="PCM_24")
+    got = audio.read(tmp_path / "b.wav")
+    np.testing.assert_allclose(got, x / 2 * 32768, atol=tolerances.INT16_ROUNDING)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_say_what_is_wrong(bad_folder, name, capfd):
+    def use():
+        audio.probe(bad_folder / name)
+        audio.read(bad_folder / name)
+
+    with pytest.raises(audio.AudioError, match=BAD[name]) as error:
+        use()
+    assert str(bad_folder) not in str(error.value)  # the name comes from who reports it
+
+
+def test_a_streamed_wav_without_its_length_is_whole(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(1.0), 16000)
+    data = bytearray(path.read_bytes())
+    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"
+    path.write_bytes(data)
+    assert len(audio.read(path)) == 16000
+
+
+def test_find_audio(good_folder, tmp_path):
+    (good_folder / "notes.txt").write_text("x")
+    assert audio.find_audio(good_folder) == sorted(GOOD)
+    with pytest.raises(UserError, match="there is no folder"):
+        audio.find_audio(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is a file"):
+        audio.find_audio(good_folder / "long.wav")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match=r"no audio in .*bare: expected files ending in .*\.flac"):
+        audio.find_audio(tmp_path / "bare")
+
+
+def test_problems_are_told_once_and_counted():
+    told = []
+    problems = audio.Problems(told.append)
+    assert problems.summary() == ""
+    for name, reason in (("a", "truncated: 1 of 2"), ("a", "truncated: 1 of 2"), ("b", "empty"), ("c", "truncated: 3")):
+        problems.add(name, reason)
+    assert told == ["a: truncated: 1 of 2", "b: empty", "c: truncated: 3"]
+    assert problems.summary() == "3 files with a problem: 2 truncated, 1 empty"
+
+
+def test_names_that_a_terminal_cannot_show_are_told_in_ascii():
+    told = []
+    audio.Problems(told.append).add("a\nb\udc80é", "empty")
+    assert told == [r"'a\nb\udc80\xe9': empty"]
+
+
+def test_names_hash_depends_on_names_and_lengths():
+    hashes = {audio.names_hash(n, s) for n, s in ((["a"], [1]), (["b"], [1]), (["a"], [2]), (["a\udc80"], [1]))}
+    assert len(hashes) == 4
