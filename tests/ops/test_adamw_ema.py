@@ -72,7 +72,7 @@ def test_step_against_float64(isa, entries, offset, momentum, scale, hf, first):
 
 
 def step_bounds(wide, scale, sizes, hf):
-    """Largest errors of param, exp_avg, exp_avg_sq and teacher: so many roundings of the terms that each is a sum of."""
+    """Largest errors of param, exp_avg, exp_avg_sq, teacher: so many roundings of the terms that each is a sum of."""
     rows = [row for row, size in zip(HYPER.tolist(), sizes) for _ in range(size)]
     for p, g, m, v, step, teacher, row in zip(*wide[:6], rows):
         terms, terms_m, terms_v = p.abs(), torch.zeros(()), torch.zeros(())
