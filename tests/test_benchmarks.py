@@ -46,9 +46,9 @@ def test_one_file_per_run(result, tmp_path, monkeypatch):
 
 def test_table(result):
     text = "\n".join(report.tables(result))
-    assert "op base  atst_fast  200 ms   20 ms  500.0 GFLOP/s       50%         1.00" in text
-    assert "op base  peer       400 ms   40 ms       0.5 GB/s       25%         2.00" in text
-    assert "op tiny  peer        10 us    1 us" in text
+    assert "op base  atst_fast  200 ms  20 ms  500.0 GFLOP/s       50%         1.00" in text
+    assert "op base  peer       400 ms  40 ms       0.5 GB/s       25%         2.00" in text
+    assert "op tiny  peer        10 us   1 us" in text
 
 
 def test_picture(result, tmp_path):
