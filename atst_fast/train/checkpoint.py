@@ -8,9 +8,9 @@ they are, the checkpoint is complete.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,7 +70,7 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(state_path(path), lambda p: _save_state(p, {"step": step, **state}))
-        write_atomically(path, lambda p: save_file(tensors, p, metadata))
+        write_atomically(path, lambda p: _save_weights(p, tensors, metadata, like=state_path(path)))
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"cannot write the checkpoint {path}: {reason}; {stays}") from error
@@ -146,38 +146,36 @@ def load_model(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
     model.load_state_dict({k.removeprefix(PREFIX): v for k, v in weights.items()})
 
 
+def _save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], like: Path) -> None:
+    save_file(tensors, path, metadata)
+    path.chmod(like.stat().st_mode)  # safetensors makes files that only their owner can read
+
+
 def _save_state(path: Path, state: dict[str, Any]) -> None:
     with open(path, "wb") as f:
-        _guarded(f.write, lambda write: torch.save(state, _Sink(write)))
+        sink = _Sink(f)
+        try:
+            torch.save(state, cast(IO[bytes], sink))
+        except Exception as error:
+            raise sink.error or error from None
 
 
 class _Sink:
-    """The least that torch.save asks of a file."""
+    """The least that torch.save asks of a file; keeps the OSError of writing, which torch hides behind its own."""
 
-    def __init__(self, write: Callable[[bytes], int]):
-        self.write = write
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.error: OSError | None = None
 
-    def flush(self) -> None:
-        pass
-
-
-def _guarded(write: Callable[[bytes], int], use: Callable[[Callable[[bytes], int]], None]) -> None:
-    """Call ``use`` with ``write``, and raise the OSError of ``write`` itself: torch hides it behind its own."""
-    failure: list[OSError] = []
-
-    def attempt(data: bytes) -> int:
+    def write(self, data: bytes) -> int:
         try:
-            return write(data)
+            return self.file.write(data)
         except OSError as error:
-            failure.append(error)
+            self.error = error
             raise
 
-    try:
-        use(attempt)
-    except Exception:
-        if failure:
-            raise failure[0] from None
-        raise
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def _orphan(state: Path) -> bool:

@@ -14,11 +14,14 @@ class Command(NamedTuple):
     config_module: str
     config: str
     help: str
+    positional: bool = False  # what is required comes by position, not by name
 
 
 COMMANDS = {
     "pretrain": Command("pretrain", "pretrain", "config", "PretrainConfig", "train ATST-Frame on a folder of audio"),
-    "pack": Command("pack", "pack", "pack", "PackConfig", "turn a folder of audio into PCM shards, for fast training"),
+    "pack": Command(
+        "pack", "pack", "pack", "PackConfig", "turn a folder of audio into PCM shards, for fast training", True
+    ),
     "demo-data": Command(
         "demo_data", "demo_data", "demo_data", "DemoDataConfig", "render labelled scenes of instruments"
     ),
@@ -65,7 +68,14 @@ def run(command: Command, program: str, arguments: list[str]) -> int | None:
     import tyro
 
     config_module = importlib.import_module(f"atst_fast.train.{command.config_module}")
-    config = tyro.cli(getattr(config_module, command.config), prog=program, description=command.help, args=arguments)
+    markers = (tyro.conf.PositionalRequiredArgs,) if command.positional else ()
+    config = tyro.cli(
+        getattr(config_module, command.config),
+        prog=program,
+        description=command.help,
+        args=arguments,
+        config=markers,
+    )
     result = getattr(importlib.import_module(f"atst_fast.train.{command.module}"), command.run)(config)
     return result if isinstance(result, int) else None
 

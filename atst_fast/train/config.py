@@ -40,7 +40,7 @@ class PretrainConfig:
     arch: Literal["tiny", "small", "base"] = "small"
     """size of the encoder"""
     epochs: float | None = None
-    """passes over the data, one random crop of each clip per pass; default: that of the published recipe"""
+    """passes over the data, in random crops; default: that of the published recipe"""
     steps: int | None = None
     """training steps, instead of epochs"""
     batch_size: int = 64
@@ -71,8 +71,10 @@ class PretrainConfig:
     """width of the hidden layer of projector and predictor"""
     drop_path: float = 0.1
     """stochastic depth rate of the last block (linear from 0 in the first)"""
+    crops_per_clip: int | None = None
+    """crops of a clip per epoch; default: as many as fit into it side by side (at least 1)"""
     subset: int | None = None
-    """clips per epoch: each epoch takes the next ones of a fixed random order, round and round"""
+    """crops per epoch: each epoch takes the next ones of a fixed random order, round and round"""
     seed: int = 0
     """everything random follows from it"""
     device: str = "auto"
@@ -119,6 +121,7 @@ def check(config: PretrainConfig) -> None:
         "mask_len": (config.mask_len >= 1, "at least 1"),
         "hidden": (config.hidden >= 1, "at least 1"),
         "drop_path": (0 <= config.drop_path < 1, "0 or more and less than 1"),
+        "crops_per_clip": (config.crops_per_clip is None or config.crops_per_clip >= 1, "at least 1"),
         "subset": (config.subset is None or config.subset >= config.batch_size, "at least batch_size"),
         "seed": (config.seed >= 0, "0 or more"),
         "workers": (config.workers is None or config.workers >= 1, "at least 1"),

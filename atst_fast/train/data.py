@@ -108,8 +108,9 @@ class Batch(NamedTuple):
 class Batches:
     """Shuffled batches of random crops, without the incomplete one at the end of an epoch.
 
-    Every epoch goes through all clips in a new order (with ``subset``: through the next ``subset`` clips of a fixed
-    random order). Of ``world`` processes, number ``rank`` gets every ``world``-th clip of it.
+    Every epoch goes through all clips in a new order, through long ones as often as the crop fits into them (or
+    ``crops_per_clip`` times through each); with ``subset``, through the next ``subset`` of a fixed random order. Of
+    ``world`` processes, number ``rank`` gets every ``world``-th entry of it.
     """
 
     def __init__(
@@ -119,18 +120,22 @@ class Batches:
         samples: int,
         seed: int,
         *,
+        crops_per_clip: int | None = None,
         subset: int | None = None,
         rank: int = 0,
         world: int = 1,
     ):
         self.source, self.batch_size, self.n, self.seed = source, batch_size, samples, seed
         self.subset, self.rank, self.world = subset, rank, world
-        clips = len(source.names)
-        self.per_epoch = min(subset or clips, clips) // world // batch_size
+        crops = np.maximum(source.samples // samples, 1) if crops_per_clip is None else crops_per_clip
+        self._entries = np.repeat(np.arange(len(source.names)), crops)
+        entries = len(self._entries)
+        self.per_epoch = min(subset or entries, entries) // world // batch_size
         self._epoch: tuple[int, NDArray[np.int64]] | None = None
         if not self.per_epoch:
             raise UserError(
-                f"{clips} usable clips do not fill one batch of {batch_size}; give more audio or a smaller --batch-size"
+                f"{entries} crops of {len(source.names)} usable clips do not fill one batch of {batch_size}; give more "
+                "audio or a smaller --batch-size"
             )
 
     def fingerprint(self) -> str:
@@ -140,7 +145,7 @@ class Batches:
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The clips of an epoch, for this rank."""
         if self._epoch is None or self._epoch[0] != epoch:
-            clips = np.arange(len(self.source.names))
+            clips = self._entries
             if self.subset and self.subset < len(clips):
                 fixed = np.random.default_rng([self.seed, _SUBSET]).permutation(clips)
                 clips = fixed.take(range(epoch * self.subset, (epoch + 1) * self.subset), mode="wrap")

@@ -238,7 +238,7 @@ def pack(config: PackConfig) -> Path:
         if not writer.rows:
             raise UserError(f"none of the {len(names)} audio files in {config.src} can be used; {problems.summary()}")
         samples = [n for _, _, n in writer.rows]
-        source = {"files": len(names), "skipped": len(names) - len(samples)}
+        source: dict[str, Any] = {"files": len(names), "skipped": len(names) - len(samples)}
         source["sha256"] = audio.names_hash(writer.names, samples)
         writer.finish({"samples": sum(samples), "resampler": f"soxr {soxr.__version__} HQ", "source": source})
     seconds = time.perf_counter() - began

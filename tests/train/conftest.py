@@ -75,9 +75,12 @@ def bad_folder(tmp_path):
 
 @pytest.fixture
 def clips_folder(tmp_path):
+    return write_clips(tmp_path / "clips")
+
+
+def write_clips(folder):
     """Twelve 16 kHz clips of 0.4 to 1.5 s, as WAV and FLAC."""
-    folder = tmp_path / "clips"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for i in range(12):
         soundfile.write(folder / f"{i:02d}.{'wav' if i % 2 else 'flac'}", tone(0.4 + 0.1 * i, seed=i), 16000)
     return folder

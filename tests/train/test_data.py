@@ -12,7 +12,7 @@ from tests.train.conftest import GOOD
 
 
 def batches(folder, size=3, samples=4000, **kw):
-    return Batches(open_source(folder, 2), size, samples, kw.pop("seed", 0), **kw)
+    return Batches(open_source(folder, 2), size, samples, **{"seed": 0, "crops_per_clip": 1, **kw})
 
 
 def collect(data, first, last):
@@ -36,6 +36,14 @@ def test_an_epoch_takes_every_clip_once_in_a_new_order(clips_folder):
     epochs = [[name for k in range(4) for name in data.names(4 * e + k)] for e in range(3)]
     assert all(sorted(e) == sorted(data.source.names) for e in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_long_clips_come_as_often_as_the_crop_fits(clips_folder):
+    lengths = open_source(clips_folder, 2).samples  # 6400, 8000, ... 24000
+    for crops, expected in ((None, np.maximum(lengths // 8000, 1)), (1, np.ones(12)), (3, np.full(12, 3))):
+        data = batches(clips_folder, size=1, samples=8000, crops_per_clip=crops)
+        assert np.bincount(data.order(0)).tolist() == expected.tolist()
+        assert data.per_epoch == expected.sum()
 
 
 def test_the_incomplete_batch_is_left_out(clips_folder):
@@ -125,7 +133,7 @@ def test_files_that_vanish_during_the_run(clips_folder):
 
 
 def test_too_few_clips_for_a_batch(clips_folder):
-    with pytest.raises(UserError, match=r"12 usable clips do not fill one batch of 13.*--batch-size"):
+    with pytest.raises(UserError, match=r"12 crops of 12 usable clips do not fill one batch of 13.*--batch-size"):
         batches(clips_folder, size=13)
 
 

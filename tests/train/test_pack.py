@@ -2,8 +2,10 @@ import errno
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -88,7 +90,7 @@ def test_a_full_disk_leaves_nothing(good_folder, tmp_path):
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "from atst_fast.train.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    arguments = ["pack", "--src", str(good_folder), "--dst", str(tmp_path / "p")]
+    arguments = ["pack", str(good_folder), str(tmp_path / "p")]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "cannot write the pack" in done.stderr
@@ -168,3 +170,19 @@ def test_names_of_any_bytes_survive(tmp_path, good_folder):
     p = pack(PackConfig(src=good_folder, dst=tmp_path / "p"))
     assert strange in Pack(p).names
     assert json.loads((p / META).read_text())["clips"] == len(GOOD)
+
+
+def test_interrupting_leaves_nothing(good_folder, tmp_path):
+    """For real: Ctrl-C while clips are being written."""
+    for i in range(300):
+        (good_folder / f"copy{i}.flac").symlink_to(good_folder / "deep/er/lossless.flac")
+    arguments = [sys.executable, "-m", "atst_fast.train.cli", "pack", str(good_folder), str(tmp_path / "p")]
+    process = subprocess.Popen([*arguments, "--workers", "1"], stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("p.partial/*.pcm")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130, told
+    assert "atst-fast pack: interrupted" in told
+    assert os.listdir(tmp_path) == ["good"]

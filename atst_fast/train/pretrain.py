@@ -1,0 +1,216 @@
+"""``atst-fast pretrain``: the training loop of ATST-Frame, top to bottom."""
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from atst_fast.models import ATSTFrame
+from atst_fast.train import checkpoint
+from atst_fast.train.audio import Problems
+from atst_fast.train.config import PretrainConfig, UserError, check, conflicts, resolve
+from atst_fast.train.data import Batches, Prefetcher, open_source
+from atst_fast.train.files import explain, make_folder, only_one, write_atomically
+from atst_fast.train.front_end import FrontEnd
+from atst_fast.train.info import environment
+from atst_fast.train.logging import RunLog, Stopwatch
+from atst_fast.train.schedule import Schedules
+from atst_fast.train.step import make_optimizer, train_step
+
+
+def pretrain(config: PretrainConfig) -> int:
+    """Train, or go on training, as ``config`` says; returns the exit code: 0, or 128 + the signal that stopped it."""
+    check(config)
+    console = Console(stderr=True)
+    make_folder(config.out)
+    with only_one(config.out):
+        return Run(config, console).train()
+
+
+class Run:
+    """Everything a run consists of; built from the configuration, then brought to where the last one stopped."""
+
+    def __init__(self, config: PretrainConfig, console: Console):
+        self.config, self.console = config, console
+        self.device = pick_device(config.device)
+        self.problems = Problems(lambda text: console.print(text, style="yellow", highlight=False, markup=False))
+        source = open_source(config.data, config.workers, self.problems)
+        self.batches = Batches(
+            source,
+            config.batch_size,
+            config.samples,
+            config.seed,
+            crops_per_clip=config.crops_per_clip,
+            subset=config.subset,
+        )
+        self.settings = resolve(config, self.batches.per_epoch) | {"clips": self.batches.fingerprint()}
+        self.steps = self.settings["steps"]
+
+        torch.manual_seed(config.seed)
+        s = self.settings
+        mel = {"n_mels": s["n_mels"], "win_length": s["win_length"]}
+        frames = config.samples // 160 + 1
+        self.model = ATSTFrame(
+            s["arch"],
+            hidden=s["hidden"],
+            drop_path_rate=s["drop_path"],
+            n_mels=s["n_mels"],
+            patch=(s["n_mels"], 4),
+            max_frames=frames,
+        ).to(self.device)
+        self.front_end = FrontEnd(**mel, mask_ratio=s["mask_ratio"], mask_len=s["mask_len"], seed=s["seed"])
+        self.front_end.to(self.device)
+        self.schedules = Schedules(
+            steps=self.steps,
+            lr=s["peak_lr"],
+            warmup_steps=s["warmup_steps"],
+            final_lr=s["final_lr"],
+            weight_decay=s["weight_decay"],
+            final_weight_decay=s["final_weight_decay"],
+            momentum=s["momentum"],
+        )
+        self.optimizer = make_optimizer(self.model, self.schedules)
+        self.saved = {"model": self.model.config, "front_end": mel, "settings": self.settings}
+        self.done = 0  # steps
+
+    def train(self) -> int:
+        self.resume()
+        if self.done >= self.steps:
+            self.console.print(f"complete: {self.done} of {self.steps} steps, {checkpoint.find(self.config.out)}")
+            return 0
+        if self.done:
+            self.console.print(f"going on after step {self.done}", highlight=False)
+        self.describe()
+        watch, log_every = Stopwatch(self.device), self.config.log_every
+        pin = self.device.type == "cuda"
+        bad = torch.full((), -1, device=self.device)  # the first step whose loss was not finite
+        log = RunLog(self.config.out, self.console, self.done, self.steps, self.config.batch_size)
+        prefetcher = Prefetcher(self.batches, self.done, self.steps, ahead=self.config.prefetch, pin=pin)
+        with stop_signals() as stopped, log, prefetcher as batches:
+            last = False
+            while not last:
+                with watch("data", host=True):
+                    batch = next(batches)
+                with watch("front end"):
+                    views = self.front_end(batch.waveform.to(self.device, non_blocking=True))
+                with watch("step"):
+                    out = train_step(self.model, self.optimizer, self.schedules, views, batch.step)
+                bad = torch.where((bad < 0) & ~out.loss.isfinite(), batch.step, bad)
+                self.done += 1
+                log.advance()
+                last, save = self.done == self.steps or bool(stopped), self.done % self.config.save_every == 0
+                if last or save or self.done % log_every == 0:
+                    self.check_finite(int(bad))
+                    diagnostics = {k: float(v) for k, v in zip(out._fields[:3], out[:3])}
+                    log.write(self.done, diagnostics | out.rates._asdict(), watch.shares())
+                if last or save:
+                    with watch("save", host=True):
+                        self.save()
+        return self.farewell(stopped)
+
+    def resume(self) -> None:
+        """Bring everything to where the checkpoint stands, if there is one to go on from."""
+        how, out = self.config.resume, self.config.out
+        found = checkpoint.checkpoints(out)
+        if how == "never":
+            if found:
+                raise UserError(f"{out} holds a run ({found[-1].name}) and --resume is never; choose another --out")
+            return
+        if how == "auto" and not found:
+            return
+        path = found[-1] if how == "auto" else checkpoint.find(Path(how))
+        loaded, state = checkpoint.load(path), checkpoint.load_state(path)
+        differing = conflicts(self.settings, loaded.config.get("settings", {}))
+        if differing:
+            cure = "give the old values, or another --out for a new run"
+            raise UserError(f"{path} belongs to a run of other settings; {cure}:\n  " + "\n  ".join(differing))
+        checkpoint.load_model(self.model, loaded.weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.front_end.load_state_dict(state["front_end"])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self.done = loaded.step
+
+    def describe(self) -> None:
+        """Say what is about to run, and write it to config.json."""
+        s, out = self.settings, self.config.out
+        clips = {"count": len(self.batches.source.names), "sha256": s["clips"]}
+        record = self.saved | {"clips": clips, "environment": environment(), "command": sys.argv}
+        with explain(f"write {out / 'config.json'}"):
+            write_atomically(out / "config.json", lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
+        self.console.print(
+            f"ATST-Frame {s['arch']} on {self.device}: {clips['count']} clips, {self.steps} steps of "
+            f"{s['batch_size']} ({s['epochs']:.1f} epochs), peak lr {s['peak_lr']:.2e}; run: {out}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def save(self) -> None:
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise UserError(f"step {self.done - 1}: weights are not finite any more; {self._kept()}")
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        state: dict[str, Any] = {
+            "optimizer": self.optimizer.state_dict(),
+            "front_end": self.front_end.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": cuda,
+        }
+        checkpoint.save(self.config.out, self.done, self.model.state_dict(), state, self.saved, self.config.keep)
+
+    def check_finite(self, step: int) -> None:
+        if step >= 0:
+            names = "\n  ".join(self.batches.names(step))
+            raise UserError(f"step {step}: the loss is not finite; {self._kept()}. Clips of the batch:\n  {names}")
+
+    def farewell(self, stopped: list[signal.Signals]) -> int:
+        if self.problems.reasons:
+            self.console.print(self.problems.summary(), style="yellow")
+        path = checkpoint.find(self.config.out)
+        if self.done < self.steps:
+            told = f"{stopped[0].name}: saved {path} at step {self.done} of {self.steps}"
+            self.console.print(f"{told}; the same command goes on from there", soft_wrap=True)
+            return 128 + stopped[0]
+        self.console.print(f"done: {self.steps} steps, {path}", soft_wrap=True)
+        return 0
+
+    def _kept(self) -> str:
+        found = checkpoint.checkpoints(self.config.out)
+        return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """A list that SIGINT and SIGTERM are put into; a second one acts at once, as if nobody had asked for the first."""
+    stopped: list[signal.Signals] = []
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, _: object) -> None:
+        stopped.append(signal.Signals(number))
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+    for s in before:
+        signal.signal(s, stop)
+    try:
+        yield stopped
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
