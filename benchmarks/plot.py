@@ -1,4 +1,4 @@
-"""Draw one result: how far each case is from its floor, ours beside its peers.
+"""Draw one result: the time of each case in units of ours, and the floor.
 
 python -m benchmarks.plot [RESULT.json] [--out PICTURE.png]
 """
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def draw(result: dict, out: Path) -> None:
-    """One panel per group: a bar per case (median, IQR as whisker), and its floor as a black line."""
+    """One panel per group: a bar per case (median, IQR as whisker) in units of ours, and its floor as a black line."""
     groups = list(dict.fromkeys(case["group"] for case in result["cases"]))
     counts = [sum(case["group"] == g for case in result["cases"]) for g in groups]
     figure, panels = plt.subplots(
@@ -54,16 +54,17 @@ def draw(result: dict, out: Path) -> None:
 
 def _panel(panel, group: str, cases: list[dict]) -> None:
     for y, case in enumerate(cases):
-        ours = case["params"].get("provider") == OURS
-        median, floor, ratio = case["median_s"] * 1e3, case["floor_s"], case["ratio_to_atst_fast"]
-        panel.barh(y, median, xerr=case["iqr_s"] * 1e3 / 2, color="tab:orange" if ours else "tab:gray", height=0.8)
-        if floor:
-            panel.plot([floor * 1e3] * 2, [y - 0.45, y + 0.45], color="black", linewidth=1.5)
-        panel.text(median * 1.05, y, f"{ratio:.2f}x" if ratio and not ours else "", va="center", fontsize=6)
+        ratio, median = case["ratio_to_atst_fast"] or 1.0, case["median_s"]
+        ours = str(case["params"].get("provider", OURS)).startswith(OURS)
+        spread = case["iqr_s"] / median * ratio / 2
+        panel.barh(y, ratio, xerr=spread, color="tab:orange" if ours else "tab:gray", height=0.8)
+        if case["floor_s"]:
+            panel.plot([case["floor_s"] / median * ratio] * 2, [y - 0.45, y + 0.45], color="black", linewidth=1.5)
+        panel.text(ratio + spread, y, f"  {ratio:.2f}: {median * 1e3:.3g} ms", va="center", fontsize=6)
     panel.set_yticks(range(len(cases)), [case["name"].removeprefix("test_") for case in cases], fontsize=6)
-    panel.set_xscale("log")
+    panel.set_xlim(right=panel.get_xlim()[1] * 1.15)
     panel.invert_yaxis()
-    panel.set_xlabel("ms (black line: floor of this machine)", fontsize=7)
+    panel.set_xlabel(f"time / time of {OURS} (black line: floor of this machine)", fontsize=7)
     panel.set_title(group, fontsize=8, loc="left")
     panel.tick_params(axis="x", labelsize=7)
     panel.grid(axis="x", alpha=0.3)

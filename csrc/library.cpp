@@ -4,6 +4,7 @@
 // clang-format off
 STABLE_TORCH_LIBRARY(atst_fast, m) {
   // log_mel
+  m.def("log_mel(Tensor waveform, Tensor window, Tensor fb, Tensor? lengths, int hop_length, float? top_db, float scale, float bias, int group) -> Tensor");
 
   // augment
 

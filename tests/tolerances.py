@@ -11,9 +11,12 @@
 # ema
 # teacher + (1 - momentum) * (student - teacher): the difference, the product and the sum are rounded, half a unit each.
 EMA_ULPS = 1.5
+# AdamW: at most 8 roundings of half a unit on the way to the update, and 3 of the parameter.
+ADAMW_ULPS = 4
+GRAD_NORM_RTOL = 1e-12  # a sum of float64 squares
 # One step: a handful of float32 roundings of the parameter and of the update, which is at most about lr = 1e-3.
-ADAMW_RTOL = 4 * 2**-23
-ADAMW_ATOL = 1e-3 * 4 * 2**-23
+ADAMW_RTOL = ADAMW_ULPS * 2**-23
+ADAMW_ATOL = 1e-3 * ADAMW_ULPS * 2**-23
 
 # models
 

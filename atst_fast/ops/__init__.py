@@ -6,5 +6,6 @@ dispatch of one operator; what it computes in the plainest form is ``atst_fast.r
 
 from atst_fast.ops._registry import build_info
 from atst_fast.ops.ema import ema_update_
+from atst_fast.ops.log_mel import log_mel
 
-__all__ = ["build_info", "ema_update_"]
+__all__ = ["build_info", "ema_update_", "log_mel"]

@@ -42,7 +42,7 @@ def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: 
             check_entry(op, f"teacher[{i}]", t)
             check_entry(op, f"student[{i}]", s, like=t, dtypes=_STUDENT_DTYPES)
 
-    _call(torch.ops.atst_fast.ema_update_, explain, teacher, student, value)
+    _call(torch.ops.atst_fast.ema_update_, explain, [*teacher, *student], teacher, student, value)
     _mark_changed(teacher)
 
 
@@ -62,7 +62,7 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
         for i, g in enumerate(grads):
             check_entry("grad_norm", f"grads[{i}]", g)
 
-    return _call(torch.ops.atst_fast.grad_norm, explain, grads)
+    return _call(torch.ops.atst_fast.grad_norm, explain, grads, grads)
 
 
 @torch.no_grad()
@@ -112,7 +112,10 @@ def check_entry(
     op: str, name: str, t: Tensor, *, like: Tensor | None = None, dtypes: Sequence[torch.dtype] = (torch.float32,)
 ) -> None:
     """Check one tensor of a list: dense, contiguous, of one of those dtypes, with the shape and device of ``like``."""
-    _checks.tensor(op, name, t, "contiguous", dtypes=dtypes)
+    if not isinstance(t, Tensor):
+        _checks.fail(op, name, "a tensor", t, TypeError)
+    if t.dtype not in dtypes:
+        _checks.fail(op, name, " or ".join(str(d).removeprefix("torch.") for d in dtypes), t, TypeError)
     if t.layout != torch.strided or not t.is_contiguous():
         layout = f"strides {t.stride()}" if t.layout == torch.strided else f"layout {t.layout}"
         raise ValueError(f"{op}: {name} must be contiguous, got {_checks.describe(t)} with {layout}")
@@ -126,9 +129,9 @@ def _list(op: str, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(tensors)
 
 
-def _call(operator: Callable, explain: Callable[[], None], *args):
-    """Run an operator. The kernels check everything themselves; only what they refuse is explained in Python."""
-    if not all(t.is_cpu for t in args[0]) or torch.compiler.is_compiling():
+def _call(operator: Callable, explain: Callable[[], None], tensors: list, *args):
+    """Run an operator. The CPU kernels check everything themselves; only what they refuse is explained in Python."""
+    if torch.compiler.is_compiling() or not all(isinstance(t, Tensor) and t.is_cpu for t in tensors):
         explain()
     try:
         return operator(*args)

@@ -1,0 +1,60 @@
+"""Log-mel front end: the buffers of ``ops.log_mel``."""
+
+import torch
+from torch import Tensor, nn
+
+from atst_fast.ops.log_mel import log_mel_with, tables
+
+
+class LogMelSpectrogram(nn.Module):
+    """MelSpectrogram + AmplitudeToDB(top_db) + MinMax in one operator: arguments and numbers of ``ops.log_mel``.
+
+    Buffers, named as torchaudio's MelSpectrogram names them: ``spectrogram.window [win_length]`` and
+    ``mel_scale.fb [n_fft // 2 + 1, n_mels]``, float32; what is loaded into them is what is computed with. They stay
+    float32 under ``.half()`` and ``.bfloat16()``: 80 dB do not fit into less.
+    """
+
+    def __init__(
+        self,
+        sample_rate: int = 16000,
+        n_fft: int = 1024,
+        win_length: int | None = None,
+        hop_length: int = 160,
+        f_min: float = 60.0,
+        f_max: float = 7800.0,
+        n_mels: int = 64,
+        top_db: float | None = 80.0,
+        minmax: tuple[float, float] | None = (-79.6482, 50.6842),
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.sample_rate, self.n_fft, self.hop_length = sample_rate, n_fft, hop_length
+        self.top_db, self.minmax, self.dtype = top_db, minmax, dtype
+        window, fb = tables(sample_rate, n_fft, win_length, f_min, f_max, n_mels)
+        self.spectrogram, self.mel_scale = nn.Module(), nn.Module()
+        self.spectrogram.register_buffer("window", window.clone())
+        self.mel_scale.register_buffer("fb", fb.clone())
+
+    def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """``[..., N]`` float32 or int16 to ``[..., n_mels, T]``; per-clip floors need ``[B, 1, N]`` or ``lengths``."""
+        return log_mel_with(
+            waveform,
+            self.spectrogram.window,
+            self.mel_scale.fb,
+            self.hop_length,
+            top_db=self.top_db,
+            minmax=self.minmax,
+            lengths=lengths,
+            dtype=self.dtype,
+        )
+
+    def _apply(self, fn, recurse=True):
+        window, fb = self.spectrogram.window, self.mel_scale.fb
+        super()._apply(fn, recurse)
+        if self.spectrogram.window.dtype != torch.float32:
+            device = self.spectrogram.window.device
+            self.spectrogram.window, self.mel_scale.fb = window.to(device), fb.to(device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"sample_rate={self.sample_rate}, n_fft={self.n_fft}, hop_length={self.hop_length}, top_db={self.top_db}"

@@ -1,0 +1,316 @@
+// The FFT is vertical: kLanes frames lie side by side in the lanes, every butterfly is straight-line code on whole
+// vectors, and no shuffle is needed but for one transposition of the samples.
+//
+// - The hop is what makes that transposition cheap. Frame l reads sample n at l * hop + n, so with the samples as rows
+// of
+//   `hop` values, transposed to columns[n % hop][l + n / hop], any (n, all frames) is one contiguous load. A tile of 32
+//   frames transposes each of its samples once, though each is used n_fft / hop (6.4) times.
+// - n_fft real samples are n_fft/2 complex ones (even + i odd). Points = R x 64 (R 4, 8 or 16): a radix-R pass over
+//   stride 64 takes window and transposed samples straight from L1, then each 64-point block (8 KiB) is two radix-8
+//   passes in place. Decimation in frequency, in place: the result of index k lies at `position(k)`.
+// - Work per 16 frames, n_fft 1024: about 17 k vector operations of FFT, 4 k to unpack and square, 1 k of mel, 1.3 k of
+//   logarithm. On two 512-bit pipes about 12 k cycles: 0.3 ms for the 1001 frames of 10 s at 2.6 GHz.
+// - float32 throughout; the rounding of an FFT of this length is about 1e-7 of the frame's largest amplitude, so bins
+//   80 dB below it keep a relative error of about 1e-3 (0.01 dB).
+#include "log_mel/log_mel.h"
+#include "simd.h"
+
+namespace atst::ATST_ISA {
+namespace {
+
+constexpr float kDbPerNeper = 4.34294481903251827651f;  // 10 / ln 10
+typedef float v4 __attribute__((vector_size(16)));
+typedef float v4_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
+
+struct Complex {
+  vf re, im;
+};
+ATST_INLINE Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
+ATST_INLINE Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
+ATST_INLINE Complex times_minus_i(Complex a) { return {a.im, -a.re}; }
+ATST_INLINE Complex times(Complex a, float re, float im) { return {a.re * re - a.im * im, a.re * im + a.im * re}; }
+
+ATST_INLINE void fft2(Complex& a, Complex& b) {
+  const Complex d = a - b;
+  a = a + b;
+  b = d;
+}
+
+// z[0], z[S], z[2S], z[3S] in place, results in order
+template <int S>
+ATST_INLINE void fft4(Complex* z) {
+  fft2(z[0], z[2 * S]);
+  fft2(z[S], z[3 * S]);
+  z[3 * S] = times_minus_i(z[3 * S]);
+  fft2(z[0], z[S]);
+  fft2(z[2 * S], z[3 * S]);
+  const Complex t = z[S];
+  z[S] = z[2 * S];
+  z[2 * S] = t;
+}
+
+template <int S>
+ATST_INLINE void fft8(Complex* z) {
+  constexpr float h = 0.70710678118654752440f;
+  // even and odd halves by decimation in frequency: sums, and differences times e^(-2 pi i j / 8)
+  Complex a[4], b[4];
+  for (int j = 0; j < 4; ++j) {
+    a[j] = z[j * S] + z[(j + 4) * S];
+    b[j] = z[j * S] - z[(j + 4) * S];
+  }
+  b[1] = {(b[1].re + b[1].im) * h, (b[1].im - b[1].re) * h};
+  b[2] = times_minus_i(b[2]);
+  b[3] = {(b[3].im - b[3].re) * h, (b[3].re + b[3].im) * -h};
+  fft4<1>(a);
+  fft4<1>(b);
+  for (int j = 0; j < 4; ++j) {
+    z[2 * j * S] = a[j];
+    z[(2 * j + 1) * S] = b[j];
+  }
+}
+
+ATST_INLINE void fft16(Complex* z) {
+  constexpr float c1 = 0.92387953251128675613f, s1 = 0.38268343236508977173f, h = 0.70710678118654752440f;
+  for (int j = 0; j < 4; ++j) fft4<4>(z + j);
+  // z[4 a + j]: index a of the first factor; twiddle e^(-2 pi i a j / 16)
+  z[5] = times(z[5], c1, -s1);
+  z[6] = times(z[6], h, -h);
+  z[7] = times(z[7], s1, -c1);
+  z[9] = times(z[9], h, -h);
+  z[10] = times_minus_i(z[10]);
+  z[11] = times(z[11], -h, -h);
+  z[13] = times(z[13], s1, -c1);
+  z[14] = times(z[14], -h, -h);
+  z[15] = times(z[15], -c1, s1);
+  for (int a = 0; a < 4; ++a) fft4<1>(z + 4 * a);
+  Complex t[16];
+  for (int a = 0; a < 4; ++a)
+    for (int b = 0; b < 4; ++b) t[a + 4 * b] = z[4 * a + b];
+  for (int i = 0; i < 16; ++i) z[i] = t[i];
+}
+
+template <int R>
+ATST_INLINE void fft(Complex* z) {
+  if constexpr (R == 4) fft4<1>(z);
+  if constexpr (R == 8) fft8<1>(z);
+  if constexpr (R == 16) fft16(z);
+}
+
+// Scratch of one thread, all of it rewritten for each tile.
+struct Scratch {
+  int64_t column_stride;
+  float* samples;  // the tile's samples, padded to whole rows of hop
+  float* columns;  // [hop rounded up to 4][column_stride]
+  vf* z;           // [n_fft/2][re, im]
+  vf* power;       // [n_fft/2 + 1]
+};
+
+int64_t columns_of(const LogMelPlan& plan) {
+  const int64_t reach = (plan.n_fft + plan.hop - 1) / plan.hop;
+  return (kTileFrames + reach + kLanes + 3) / 4 * 4;
+}
+
+int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+Scratch carve(const LogMelPlan& plan, float* memory) {
+  Scratch s;
+  s.column_stride = columns_of(plan);
+  s.samples = memory;
+  s.columns = s.samples + aligned(s.column_stride * plan.hop + 4);
+  float* z = s.columns + aligned(s.column_stride * ((plan.hop + 3) / 4 * 4));
+  s.z = reinterpret_cast<vf*>(z);
+  s.power = s.z + plan.n_fft;
+  return s;
+}
+
+ATST_INLINE float sample(const LogMelClip& clip, int64_t i) {
+  return clip.is_int16 ? static_cast<const int16_t*>(clip.wave)[i] * (1.0f / 32768.0f)
+                       : static_cast<const float*>(clip.wave)[i];
+}
+
+// samples[i] = x[start + i], reflected at both ends of the clip; zeros where even the reflection has nothing.
+void stage(const LogMelClip& clip, int64_t start, int64_t count, float* __restrict out) {
+  int64_t begin = start < 0 ? -start : 0;
+  int64_t end = clip.samples - start < count ? clip.samples - start : count;
+  if (begin > count) begin = count;
+  if (end < begin) end = begin;
+  for (int64_t i = 0; i < begin; ++i) {
+    const int64_t from = -(start + i);
+    out[i] = from < clip.samples ? sample(clip, from) : 0.0f;
+  }
+  if (clip.is_int16) {
+    const int16_t* wave = static_cast<const int16_t*>(clip.wave) + start;
+    for (int64_t i = begin; i < end; ++i) out[i] = wave[i] * (1.0f / 32768.0f);
+  } else if (end > begin) {
+    __builtin_memcpy(out + begin, static_cast<const float*>(clip.wave) + start + begin, (end - begin) * sizeof(float));
+  }
+  for (int64_t i = end; i < count; ++i) {
+    const int64_t from = 2 * (clip.samples - 1) - (start + i);
+    out[i] = from >= 0 && from < clip.samples ? sample(clip, from) : 0.0f;
+  }
+}
+
+// columns[r][c] = samples[c * hop + r], in blocks of 4 x 4
+void transpose(const float* __restrict samples, int64_t hop, int64_t n_columns, float* __restrict columns) {
+  for (int64_t r = 0; r < hop; r += 4) {
+    for (int64_t c = 0; c < n_columns; c += 4) {
+      const float* from = samples + c * hop + r;
+      const v4 a = *reinterpret_cast<const v4_unaligned*>(from);
+      const v4 b = *reinterpret_cast<const v4_unaligned*>(from + hop);
+      const v4 d = *reinterpret_cast<const v4_unaligned*>(from + 2 * hop);
+      const v4 e = *reinterpret_cast<const v4_unaligned*>(from + 3 * hop);
+      const v4 ab_lo = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_hi = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const v4 de_lo = __builtin_shufflevector(d, e, 0, 4, 1, 5), de_hi = __builtin_shufflevector(d, e, 2, 6, 3, 7);
+      float* to = columns + r * n_columns + c;
+      *reinterpret_cast<v4_unaligned*>(to) = __builtin_shufflevector(ab_lo, de_lo, 0, 1, 4, 5);
+      *reinterpret_cast<v4_unaligned*>(to + n_columns) = __builtin_shufflevector(ab_lo, de_lo, 2, 3, 6, 7);
+      *reinterpret_cast<v4_unaligned*>(to + 2 * n_columns) = __builtin_shufflevector(ab_hi, de_hi, 0, 1, 4, 5);
+      *reinterpret_cast<v4_unaligned*>(to + 3 * n_columns) = __builtin_shufflevector(ab_hi, de_hi, 2, 3, 6, 7);
+    }
+  }
+}
+
+// First pass: window, radix R over stride 64, twiddles. `lane0` is the first frame of this group within the tile.
+template <int R>
+void first_pass(const LogMelPlan& plan, const Scratch& s, int64_t lane0) {
+  const int64_t hop = plan.hop, stride = s.column_stride;
+  // row and column of sample 2 (j + 64 q), advanced by 2 with j
+  int64_t row[R], column[R];
+  for (int q = 0; q < R; ++q) {
+    row[q] = (128 * q) % hop;
+    column[q] = (128 * q) / hop + lane0;
+  }
+  for (int64_t j = 0; j < 64; ++j) {
+    Complex z[R];
+    for (int q = 0; q < R; ++q) {
+      const float* w = plan.window + 2 * (j + 64 * q);
+      z[q].re = load(s.columns + row[q] * stride + column[q]) * w[0];
+      if (++row[q] == hop) row[q] = 0, ++column[q];
+      z[q].im = load(s.columns + row[q] * stride + column[q]) * w[1];
+      if (++row[q] == hop) row[q] = 0, ++column[q];
+    }
+    fft<R>(z);
+    const float* t = plan.twiddle + 2 * R * j;
+    s.z[2 * j] = z[0].re;
+    s.z[2 * j + 1] = z[0].im;
+    for (int r = 1; r < R; ++r) {
+      const Complex y = times(z[r], t[2 * r], t[2 * r + 1]);
+      s.z[2 * (64 * r + j)] = y.re;
+      s.z[2 * (64 * r + j) + 1] = y.im;
+    }
+  }
+}
+
+void fft64(vf* block, const float* twiddle) {
+  for (int j = 0; j < 8; ++j) {
+    Complex z[8];
+    for (int q = 0; q < 8; ++q) z[q] = {block[2 * (j + 8 * q)], block[2 * (j + 8 * q) + 1]};
+    fft8<1>(z);
+    for (int r = 0; r < 8; ++r) {
+      if (r) z[r] = times(z[r], twiddle[2 * (8 * j + r)], twiddle[2 * (8 * j + r) + 1]);
+      block[2 * (j + 8 * r)] = z[r].re;
+      block[2 * (j + 8 * r) + 1] = z[r].im;
+    }
+  }
+  for (int r = 0; r < 8; ++r) {
+    Complex z[8];
+    for (int j = 0; j < 8; ++j) z[j] = {block[2 * (8 * r + j)], block[2 * (8 * r + j) + 1]};
+    fft8<1>(z);
+    for (int k = 0; k < 8; ++k) {
+      block[2 * (8 * r + k)] = z[k].re;
+      block[2 * (8 * r + k) + 1] = z[k].im;
+    }
+  }
+}
+
+template <int R>
+ATST_INLINE int64_t position(int64_t k) {
+  const int64_t block = k % R, k2 = k / R;
+  return 64 * block + 8 * (k2 % 8) + k2 / 8;
+}
+
+// X[k] = E + W^k O and X[points - k] = conj(E - W^k O), where 2 E and 2 i O are sum and difference of Z[k] and
+// conj Z[points - k]; the factor 1/2 is folded into the window by the boundary.
+template <int R>
+void unpack_power(const LogMelPlan& plan, const Scratch& s) {
+  constexpr int64_t points = 64 * R;
+  const float* w = plan.twiddle + 2 * points + 2 * 64;
+  for (int64_t k = 0; k <= points / 2; ++k) {
+    const vf* a = s.z + 2 * position<R>(k);
+    const vf* b = s.z + 2 * position<R>((points - k) % points);
+    const Complex even = {a[0] + b[0], a[1] - b[1]};
+    const Complex odd = times({a[1] + b[1], b[0] - a[0]}, w[2 * k], w[2 * k + 1]);
+    const Complex x = even + odd, y = even - odd;
+    s.power[k] = x.re * x.re + x.im * x.im;
+    s.power[points - k] = y.re * y.re + y.im * y.im;
+  }
+}
+
+template <int R>
+void spectrum(const LogMelPlan& plan, const Scratch& s, int64_t lane0) {
+  first_pass<R>(plan, s, lane0);
+  for (int64_t block = 0; block < R; ++block) fft64(s.z + 128 * block, plan.twiddle + 128 * R);
+  unpack_power<R>(plan, s);
+}
+
+ATST_INLINE vf decibels(const LogMelPlan& plan, const vf* power, int64_t m) {
+  const vf* p = power + plan.first_bin[m];
+  const float* w = plan.weights + plan.first_weight[m];
+  vf sum = {};
+  for (int32_t i = 0; i < plan.n_weights[m]; ++i) sum += p[i] * w[i];
+  return log(max_nan(sum, splat(1e-10f))) * kDbPerNeper;
+}
+
+}  // namespace
+
+int64_t log_mel_scratch_floats(const LogMelPlan& plan) {
+  const int64_t stride = columns_of(plan);
+  return aligned(stride * plan.hop + 4) + aligned(stride * ((plan.hop + 3) / 4 * 4)) +
+         kLanes * (2 * plan.n_fft + plan.n_fft / 2 + 2);
+}
+
+float log_mel_tile(const LogMelPlan& plan, const LogMelClip& clip, int64_t tile, float* memory) {
+  const Scratch s = carve(plan, memory);
+  const int64_t t0 = tile * kTileFrames;
+  stage(clip, t0 * plan.hop - plan.n_fft / 2, s.column_stride * plan.hop + 4, s.samples);
+  transpose(s.samples, plan.hop, s.column_stride, s.columns);
+  vf lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const vf none = splat(-__builtin_inff());
+  vf top = none;
+  for (int64_t lane0 = 0; lane0 < kTileFrames && t0 + lane0 < clip.frames; lane0 += kLanes) {
+    if (plan.n_fft == 512) spectrum<4>(plan, s, lane0);
+    if (plan.n_fft == 1024) spectrum<8>(plan, s, lane0);
+    if (plan.n_fft == 2048) spectrum<16>(plan, s, lane0);
+    const int64_t t = t0 + lane0, left = clip.frames - t;
+    for (int64_t m = 0; m < plan.n_mels; ++m) {
+      const vf db = decibels(plan, s.power, m);
+      float* out = clip.out + m * clip.stride + t;
+      if (left >= kLanes) {
+        store(out, db);
+        top = max_nan(db, top);
+      } else {
+        for (int64_t i = 0; i < left; ++i) out[i] = db[i];
+        top = max_nan(lane < splat(left) ? db : none, top);
+      }
+    }
+  }
+  float result = top[0];
+  for (int i = 1; i < kLanes; ++i) result = !(top[i] <= result) ? (result != result ? result : top[i]) : result;
+  return result;
+}
+
+void log_mel_finish(const LogMelPlan& plan, const LogMelClip& clip, float floor, float scale, float bias) {
+  for (int64_t m = 0; m < plan.n_mels; ++m) {
+    float* row = clip.out + m * clip.stride;
+    int64_t t = 0;
+    for (; t + kLanes <= clip.frames; t += kLanes) store(row + t, max_nan(splat(floor), load(row + t)) * scale + bias);
+    for (; t < clip.frames; ++t) {
+      const float y = floor != floor || row[t] < floor ? floor : row[t];
+      row[t] = y * scale + bias;
+    }
+    for (; t < clip.stride; ++t) row[t] = 0.0f;
+  }
+}
+
+}  // namespace atst::ATST_ISA
