@@ -11,6 +11,8 @@ from atst_fast.ops import _checks
 from atst_fast.ops import ema as _ops
 
 _OP = "AdamWEMA"
+_List = list[Tensor]
+_Lists = tuple[_List, _List, _List, _List, _List, _List, _List, _List]  # as ops.ema.adamw_ema_ takes them
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -19,7 +21,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     Not decayed are biases (names ending in ``.bias``) and everything with at most one axis; parameters that need no
     gradient are left out. Upstream: audiossl/utils/common.py (get_params_groups).
     """
-    decayed, plain = [], []
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             (plain if name.endswith(".bias") or p.ndim <= 1 else decayed).append(p)
@@ -157,7 +160,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 state[name] = state[name].to(p.dtype, copy=True, memory_format=torch.contiguous_format)
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Callable[[], Any] | None = None,
         *,
@@ -198,7 +201,7 @@ class AdamWEMA(torch.optim.Optimizer):
         self.grad_norm = _ops.grad_norm(grads) * abs(factor)
         return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0) * factor
 
-    def _lists(self) -> tuple[tuple[list[Tensor], ...], list[Tensor]]:
+    def _lists(self) -> tuple[_Lists, list[Tensor]]:
         """The operator's lists along all parameters and, after them, what is only averaged; and the gradients."""
         params = [p for group in self.param_groups for p in group["params"]]
         trained = {id(p) for p in params}
