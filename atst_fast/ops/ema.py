@@ -42,7 +42,7 @@ def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: 
             check_entry(op, f"teacher[{i}]", t)
             check_entry(op, f"student[{i}]", s, like=t, dtypes=_STUDENT_DTYPES)
 
-    _call(torch.ops.atst_fast.ema_update_, explain, [*teacher, *student], teacher, student, value)
+    _call(torch.ops.atst_fast.ema_update_.default, explain, [*teacher, *student], teacher, student, value)
     _mark_changed(teacher)
 
 
@@ -62,7 +62,7 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
         for i, g in enumerate(grads):
             check_entry("grad_norm", f"grads[{i}]", g)
 
-    return _call(torch.ops.atst_fast.grad_norm, explain, grads, grads)
+    return _call(torch.ops.atst_fast.grad_norm.default, explain, grads, grads)
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def adamw_ema_(
     next ``group_sizes[g]`` parameters.
     """
     tensors = (params, grads, exp_avgs, exp_avg_sqs, steps, teachers, student_shadows, teacher_shadows)
-    torch.ops.atst_fast.adamw_ema_(*tensors, hyper, group_sizes, momentum, grad_scale, hf)
+    torch.ops.atst_fast.adamw_ema_.default(*tensors, hyper, group_sizes, momentum, grad_scale, hf)
     _mark_changed([*params, *teachers, *student_shadows, *teacher_shadows])
 
 
@@ -105,7 +105,7 @@ def momentum_tensor(op: str, momentum: float | Tensor) -> Tensor:
         _checks.fail(op, "momentum", "a number or a float32 or float64 tensor without axes", momentum, TypeError)
     if not 0 <= float(momentum) <= 1:
         _checks.fail(op, "momentum", "between 0 and 1", float(momentum))
-    return momentum if isinstance(momentum, Tensor) else torch.tensor(momentum, dtype=torch.float64)
+    return momentum if isinstance(momentum, Tensor) else torch.scalar_tensor(momentum, dtype=torch.float64)
 
 
 def check_entry(
@@ -131,7 +131,11 @@ def _list(op: str, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _call(operator: Callable, explain: Callable[[], None], tensors: list, *args):
     """Run an operator. The CPU kernels check everything themselves; only what they refuse is explained in Python."""
-    if torch.compiler.is_compiling() or not all(isinstance(t, Tensor) and t.is_cpu for t in tensors):
+    try:
+        on_cpu = all([t.is_cpu for t in tensors])  # a list: half the time of a generator
+    except AttributeError:
+        on_cpu = False
+    if not on_cpu or torch.compiler.is_compiling():
         explain()
     try:
         return operator(*args)
