@@ -18,6 +18,14 @@ def test_golden(case):
     np.testing.assert_allclose(ours, TENSORS[f"out/{case['id']}"].numpy(), rtol=tolerances.SCHEDULE_RTOL, atol=0)
 
 
+@pytest.mark.parametrize("case", [c for c in META["cases"] if c["fn"] == "epoch"], ids=lambda case: case["id"])
+def test_golden_by_epochs(case):
+    """The official function that counts in epochs is the same one of epochs times steps per epoch."""
+    base, final, epochs, per_epoch, warmup = case["args"]
+    ours = cosine_schedule(base, final, epochs * per_epoch, warmup * per_epoch)
+    np.testing.assert_allclose(ours, TENSORS[f"out/{case['id']}"].numpy(), rtol=tolerances.SCHEDULE_RTOL, atol=0)
+
+
 def test_schedules_of_the_five_golden_steps():
     tensors, meta = golden.load("frame_step5")
     cfg = meta["cfg"]
