@@ -9,8 +9,14 @@ STABLE_TORCH_LIBRARY(atst_fast, m) {
   // augment
 
   // patch_embed
+  m.def("patch_embed(Tensor mel, Tensor weight, Tensor? bias, Tensor? mask, Tensor? mask_embed, Tensor? pos_embed, int[] patch, int[] stride) -> Tensor");
+  m.def("patch_embed_backward(Tensor grad, Tensor mel, Tensor weight, Tensor? mask, int pos_rows, bool needs_mel, int[] patch, int[] stride) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // frame_attention
+  m.def("frame_attention(Tensor qkv, Tensor? lengths, int num_heads, float scale, bool attend_padded) -> (Tensor out, Tensor lse)");
+  m.def("frame_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor? lengths, int num_heads, float scale, bool attend_padded) -> Tensor");
+  m.def("frame_attention_packed(Tensor q, Tensor kv, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int num_heads, float scale) -> (Tensor out, Tensor lse)");
+  m.def("frame_attention_packed_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int num_heads, float scale) -> (Tensor, Tensor)");
 
   // ema
   m.def("ema_update_(Tensor(a!)[] teacher, Tensor[] student, Tensor momentum) -> ()");

@@ -7,6 +7,14 @@
 # patch_embed
 
 # frame_attention
+# float32 sums of 250 products, twice, in another order than the reference's, relative to the largest value.
+ATTENTION_GOLDEN = 5e-6
+# Against float64, unit variance: 64 products of a score, the exponential (2 ulp) and an average of values of about 4.
+ATTENTION_FORWARD = 2e-6
+# Five products deep, relative to the largest gradient.
+ATTENTION_GRADIENT = 1e-5
+# Scores near 5,000 carry an error of 2^-12, and so do the weights.
+ATTENTION_LARGE = 1e-3
 
 # ema
 # teacher + (1 - momentum) * (student - teacher): the difference, the product and the sum are rounded, half a unit each.

@@ -1,11 +1,10 @@
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <memory>
 #include <numbers>
 
 #include "check.h"
 #include "log_mel/log_mel.h"
+#include "scratch.h"
 
 namespace atst {
 
@@ -61,16 +60,6 @@ struct Tables {
             weights.data()};
   }
 };
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Scratch = std::unique_ptr<float, Free>;
-
-Scratch allocate(int64_t floats) {
-  const size_t bytes = (size_t(floats) * sizeof(float) + 63) / 64 * 64;
-  return Scratch(static_cast<float*>(std::aligned_alloc(64, bytes)));
-}
 
 float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
 
@@ -146,7 +135,7 @@ Tensor log_mel(const Tensor& waveform, const Tensor& window, const Tensor& fb, c
   const int64_t groups = rows / group, threads = torch::stable::get_num_threads();
   if (groups >= 2 * threads || threads == 1) {
     parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      const Scratch scratch = allocate(scratch_floats);
+      const Scratch scratch = allocate_scratch(scratch_floats);
       for (int64_t g = begin; g < end; ++g) {
         for (int64_t i = g * group * tiles; i < (g + 1) * group * tiles; ++i) run_tile(i, scratch.get());
         finish_group(g);
@@ -154,7 +143,7 @@ Tensor log_mel(const Tensor& waveform, const Tensor& window, const Tensor& fb, c
     });
   } else {
     parallel_for(0, rows * tiles, 4, [&](int64_t begin, int64_t end) {
-      const Scratch scratch = allocate(scratch_floats);
+      const Scratch scratch = allocate_scratch(scratch_floats);
       for (int64_t i = begin; i < end; ++i) run_tile(i, scratch.get());
     });
     parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {

@@ -1,0 +1,141 @@
+// K and V of a head (64 KiB each at 250 tokens of 64) stay in the L2 cache, and so do 48 rows of scores: so the softmax
+// is the plain one of a whole row, without rescaling, for any length, and every product is a small matrix product on
+// operands packed once per head (gemm.h).
+//
+// One item is a (sequence, head): 4 L^2 Dh operations forward (two products), 10 L^2 Dh backward (five), L^2
+// exponentials each. Nothing is summed across items, so the bits do not depend on threads. Keys at or past k_len are
+// never read; queries past q_len are never computed.
+#include "frame_attention/frame_attention.h"
+#include "gemm.h"
+
+namespace atst::ATST_ISA {
+namespace {
+
+constexpr int64_t kTile = 8 * kRows;  // query rows of a tile
+
+ATST_INLINE float horizontal_max(vf v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m || v[i] != v[i] ? v[i] : m;
+  return m;
+}
+
+ATST_INLINE float horizontal_sum(vf v) {
+  float s = v[0];
+  for (int i = 1; i < kLanes; ++i) s += v[i];
+  return s;
+}
+
+// A row stride that is no multiple of 4 KiB, so that the rows of a column do not share a cache set.
+ATST_INLINE int64_t score_stride(int64_t k_len) { return round_up(k_len, kPanel) + 16; }
+
+ATST_INLINE void rows_to(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float factor, float* to,
+                         int64_t to_stride) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) to[i * to_stride + j] = factor * from[i * from_stride + j];
+}
+
+// Scores to exp(score - max) in place, zeros past k_len; returns the sum and sets *max. All keys are valid.
+float exponentials(float* row, int64_t k_len, float* max) {
+  vf top = splat(-__builtin_inff());
+  int64_t j = 0;
+  for (; j + kLanes <= k_len; j += kLanes) top = max_nan(load(row + j), top);
+  float m = horizontal_max(top);
+  for (; j < k_len; ++j) m = row[j] > m || row[j] != row[j] ? row[j] : m;
+  const int64_t padded = round_up(k_len, kPanel);
+  for (j = k_len; j < padded; ++j) row[j] = -__builtin_inff();
+  vf sum = {};
+  for (j = 0; j < padded; j += kLanes) {
+    const vf e = exp(load(row + j) - m);
+    store(row + j, e);
+    sum += e;
+  }
+  *max = m;
+  return horizontal_sum(sum);
+}
+
+}  // namespace
+
+int64_t frame_attention_scratch_floats(const AttentionShape& s, bool backward) {
+  const int64_t d = round_up(s.head_dim, kPanel), stride = score_stride(s.max_k_len);
+  const int64_t keys = packed_floats(s.head_dim, s.max_k_len), values = packed_floats(s.max_k_len, s.head_dim);
+  if (!backward) return keys + values + kTile * (stride + d + s.head_dim);
+  return 2 * keys + values + kTile * (2 * stride + 3 * d + s.head_dim) + 2 * s.max_k_len * d;
+}
+
+void frame_attention_item(const AttentionShape& s, const AttentionItem& item, float* scratch) {
+  const int64_t d = round_up(s.head_dim, kPanel), stride = score_stride(item.k_len);
+  float* keys = scratch;                                            // K^T
+  float* values = keys + packed_floats(s.head_dim, s.max_k_len);    // V
+  float* scores = values + packed_floats(s.max_k_len, s.head_dim);  // [kTile, stride]
+  float* out = scores + kTile * score_stride(s.max_k_len);          // [kTile, d]
+  float* queries = out + kTile * d;                                 // [kTile, head_dim], scaled
+  pack(item.k, 1, item.kv_stride, s.head_dim, item.k_len, keys);
+  pack(item.v, item.kv_stride, 1, item.k_len, s.head_dim, values);
+  for (int64_t q0 = 0; q0 < item.q_len; q0 += kTile) {
+    const int64_t rows = item.q_len - q0 < kTile ? item.q_len - q0 : kTile;
+    rows_to(item.q + q0 * item.q_stride, item.q_stride, rows, s.head_dim, s.scale, queries, s.head_dim);
+    gemm(rows, item.k_len, s.head_dim, queries, s.head_dim, 1, keys, scores, stride, false);
+    float inverse[kTile];
+    for (int64_t i = 0; i < rows; ++i) {
+      float max;
+      const float sum = exponentials(scores + i * stride, item.k_len, &max);
+      inverse[i] = 1.0f / sum;
+      item.lse[q0 + i] = max + log(splat(sum))[0];
+    }
+    gemm(rows, s.head_dim, item.k_len, scores, stride, 1, values, out, d, false);
+    for (int64_t i = 0; i < rows; ++i)
+      rows_to(out + i * d, d, 1, s.head_dim, inverse[i], item.out + (q0 + i) * item.out_stride, item.out_stride);
+  }
+}
+
+void frame_attention_backward_item(const AttentionShape& s, const AttentionGradItem& item, float* scratch) {
+  const AttentionItem& f = item.forward;
+  const int64_t dim = s.head_dim, d = round_up(dim, kPanel), stride = score_stride(f.k_len);
+  const int64_t by_key = packed_floats(dim, s.max_k_len), by_dim = packed_floats(s.max_k_len, dim);
+  float* keys_t = scratch;            // K^T
+  float* values_t = keys_t + by_key;  // V^T
+  float* keys = values_t + by_key;    // K
+  float* p = keys + by_dim;           // [kTile, stride]
+  float* ds = p + kTile * score_stride(s.max_k_len);
+  float* dq = ds + kTile * score_stride(s.max_k_len);  // [kTile, d]
+  float* dout = dq + kTile * d;                        // packed tile of dO
+  float* q_packed = dout + kTile * d;                  // packed tile of scaled Q
+  float* queries = q_packed + kTile * d;               // [kTile, dim], scaled
+  float* dk = queries + kTile * dim;                   // [k_len, d]
+  float* dv = dk + s.max_k_len * d;
+  pack(f.k, 1, f.kv_stride, dim, f.k_len, keys_t);
+  pack(f.v, 1, f.kv_stride, dim, f.k_len, values_t);
+  pack(f.k, f.kv_stride, 1, f.k_len, dim, keys);
+  for (int64_t q0 = 0; q0 < f.q_len; q0 += kTile) {
+    const int64_t rows = f.q_len - q0 < kTile ? f.q_len - q0 : kTile;
+    const float* g = item.dout + q0 * f.out_stride;
+    rows_to(f.q + q0 * f.q_stride, f.q_stride, rows, dim, s.scale, queries, dim);
+    gemm(rows, f.k_len, dim, queries, dim, 1, keys_t, p, stride, false);
+    gemm(rows, f.k_len, dim, g, f.out_stride, 1, values_t, ds, stride, false);
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* o = f.out + (q0 + i) * f.out_stride;
+      const float* go = g + i * f.out_stride;
+      float delta = 0.0f;
+      for (int64_t j = 0; j < dim; ++j) delta += go[j] * o[j];
+      float *pi = p + i * stride, *si = ds + i * stride;
+      const float lse = f.lse[q0 + i];
+      for (int64_t j = 0; j < f.k_len; j += kLanes) {
+        const vf e = exp(load(pi + j) - lse);
+        store(pi + j, e);
+        store(si + j, e * (load(si + j) - delta));
+      }
+    }
+    gemm(rows, dim, f.k_len, ds, stride, 1, keys, dq, d, false);
+    rows_to(dq, d, rows, dim, s.scale, item.dq + q0 * item.dq_stride, item.dq_stride);
+    pack(g, f.out_stride, 1, rows, dim, dout);
+    pack(queries, dim, 1, rows, dim, q_packed);
+    gemm(f.k_len, dim, rows, p, 1, stride, dout, dv, d, q0 > 0);
+    gemm(f.k_len, dim, rows, ds, 1, stride, q_packed, dk, d, q0 > 0);
+  }
+  const float some = f.q_len > 0 ? 1.0f : 0.0f;
+  for (int64_t i = 0; some == 0.0f && i < f.k_len * d; ++i) dk[i] = dv[i] = 0.0f;
+  rows_to(dk, d, f.k_len, dim, 1.0f, item.dk, item.dkv_stride);
+  rows_to(dv, d, f.k_len, dim, 1.0f, item.dv, item.dkv_stride);
+}
+
+}  // namespace atst::ATST_ISA
