@@ -31,3 +31,5 @@ ADAMW_ATOL = 1e-3 * ADAMW_ULPS * 2**-23
 # train
 SCHEDULE_RTOL = 1e-12  # float64; cosines of different libraries differ in the last places
 INT16_ROUNDING = 0.51  # half a step of int16, and float32 rounding of values up to 32768 (2^-8 of a step)
+GOLDEN_LOSS_RTOL = 1e-5  # float32 means of a few hundred rows, five steps on; the reference repeats itself to 1e-6
+GOLDEN_STEP_ATOL = 5e-7  # weights up to 1 after five steps; the reference itself is 2.1e-7 away from float64

@@ -2,6 +2,7 @@ import time
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from atst_fast.train import audio
@@ -65,6 +66,17 @@ def test_a_subset_moves_on_and_round(clips_folder):
     epochs = [set(data.names(e)) for e in range(4)]
     assert len(epochs[0] | epochs[1] | epochs[2]) == 12
     assert epochs[3] == epochs[0]
+
+
+def test_crops_are_new_at_every_step_and_for_every_seed(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.arange(30000, dtype=np.int16), 16000)
+    source = open_source(tmp_path, 1)
+    firsts = {
+        int(Batches(source, 1, 600, seed, crops_per_clip=5).batch(step).waveform[0, 0])
+        for seed in range(2)
+        for step in range(10)
+    }
+    assert len(firsts) > 15
 
 
 def test_crops_start_anywhere_they_fit():
