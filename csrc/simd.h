@@ -33,7 +33,7 @@ typedef int32_t vi_unaligned __attribute__((vector_size(4 * kLanes), aligned(4),
 
 ATST_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
 ATST_INLINE void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
-ATST_INLINE vf splat(float x) { return vf{} + x; }
+ATST_INLINE vf splat(float x) { return x - vf{}; }  // x - 0 is x, which x + 0 is not for -0: this costs nothing
 ATST_INLINE vi splat_i(int32_t x) { return vi{} + x; }
 ATST_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 ATST_INLINE vf bits_as_float(vi v) { return reinterpret_cast<vf>(v); }
