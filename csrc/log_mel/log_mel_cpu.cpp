@@ -24,28 +24,41 @@ void log_mel_twiddles(int64_t n_fft, float* out) {
 
 namespace {
 
-// The dense filterbank [n_bins, n_mels] as its nonzero runs, and the tables of one transform length.
+const float* twiddles(int64_t n_fft) {
+  auto make = [](int64_t n) {
+    std::vector<float> t(log_mel_twiddle_floats(n));
+    log_mel_twiddles(n, t.data());
+    return t;
+  };
+  static const std::vector<float> t512 = make(512), t1024 = make(1024), t2048 = make(2048);
+  return (n_fft == 512 ? t512 : n_fft == 1024 ? t1024 : t2048).data();
+}
+
+// The dense filterbank [n_bins, n_mels] as its nonzero runs, and the window.
 struct Tables {
   std::vector<int32_t> first_bin, n_weights, first_weight;
-  std::vector<float> weights, window, twiddle;
+  std::vector<float> weights, window;
 
   Tables(const Tensor& window_tensor, const Tensor& fb) {
     const int64_t n_fft = window_tensor.size(0), n_bins = fb.size(0), n_mels = fb.size(1);
     const float* dense = fb.const_data_ptr<float>();
+    first_bin.assign(n_mels, 0);
+    std::vector<int32_t> end(n_mels, 0);
+    for (int64_t k = 0; k < n_bins; ++k) {
+      for (int64_t m = 0; m < n_mels; ++m) {
+        if (dense[k * n_mels + m] == 0.0f) continue;
+        if (!end[m]) first_bin[m] = int32_t(k);
+        end[m] = int32_t(k + 1);
+      }
+    }
     for (int64_t m = 0; m < n_mels; ++m) {
-      int64_t first = 0, last = n_bins;
-      while (first < n_bins && dense[first * n_mels + m] == 0.0f) ++first;
-      while (last > first && dense[(last - 1) * n_mels + m] == 0.0f) --last;
-      first_bin.push_back(int32_t(first));
-      n_weights.push_back(int32_t(last - first));
+      n_weights.push_back(end[m] ? end[m] - first_bin[m] : 0);
       first_weight.push_back(int32_t(weights.size()));
-      for (int64_t k = first; k < last; ++k) weights.push_back(dense[k * n_mels + m]);
+      for (int64_t k = first_bin[m]; k < end[m]; ++k) weights.push_back(dense[k * n_mels + m]);
     }
     // the unpacking of the real transform halves every value: halve the window instead, which is exact
     const float* w = window_tensor.const_data_ptr<float>();
     for (int64_t i = 0; i < n_fft; ++i) window.push_back(0.5f * w[i]);
-    twiddle.resize(log_mel_twiddle_floats(n_fft));
-    log_mel_twiddles(n_fft, twiddle.data());
   }
 
   LogMelPlan plan(int64_t hop) const {
@@ -53,7 +66,7 @@ struct Tables {
             hop,
             int64_t(first_bin.size()),
             window.data(),
-            twiddle.data(),
+            twiddles(int64_t(window.size())),
             first_bin.data(),
             n_weights.data(),
             first_weight.data(),
