@@ -19,7 +19,7 @@ from atst_fast.train.pack import PackConfig, pack
 from tests.train.conftest import BAD, write_clips
 
 pytest.importorskip("atst_fast.train.front_end")
-from atst_fast.train import pretrain  # noqa: E402
+from atst_fast.train import pretrain
 
 STEPS = 10
 SIZE = {"dim": 24, "depth": 2, "num_heads": 3}
