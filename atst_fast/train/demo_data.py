@@ -115,9 +115,10 @@ class Player:
         The end is the last 10 ms frame within 30 dB of the loudest one, plus a fade of 10 ms.
         """
         self.synth.program_select(0, self.font, 0, int(rng.choice(instrument.programs)))
-        pieces, key = [], int(rng.integers(instrument.low, instrument.high + 1))
+        pieces: list[np.ndarray] = []
+        key = int(rng.integers(instrument.low, instrument.high + 1))
         length = int(rng.uniform(0.7, 3) * RATE)
-        while sum(map(len, pieces)) < length:
+        while sum(len(piece) for piece in pieces) < length:
             size = rng.integers(2, 5) if instrument.chords and rng.random() < 0.5 else 1
             keys = [key, *(key + 3 * k + int(rng.integers(0, 3)) for k in range(1, size))]
             velocity = int(rng.integers(50, 128))

@@ -1,0 +1,112 @@
+"""Labelled audio files, and the frozen features that a probe sees: of an encoder, or plain log-mel."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atst_fast.train.config import UserError
+from atst_fast.train.metrics import Event
+
+BATCH = 16  # chunks that go through the encoder together
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An audio file, the labels of the whole, and its events (None: it has labels only)."""
+
+    path: Path
+    labels: tuple[str, ...]
+    events: tuple[Event, ...] | None
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of each file: ``clips`` float32 ``[files, D]`` and ``frames``, one float32 ``[L, D']`` per file (40 ms a row)."""
+
+    clips: np.ndarray
+    frames: list[np.ndarray]
+
+
+def read_labels(path: Path) -> list[Labelled]:
+    """The lines of a JSONL file, ``{"file", "labels", "events": [{"label", "onset", "offset"}]}``.
+
+    ``file`` is relative to the JSONL file; seconds. One of ``labels`` and ``events`` is enough. Raises UserError naming
+    the line.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no labels file {path}: expected one JSON object per line with file, labels, events")
+    files = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            events = row.get("events")
+            if events is not None:
+                events = tuple(Event(str(e["label"]), float(e["onset"]), float(e["offset"])) for e in events)
+            labels = row["labels"] if events is None else row.get("labels", [e.label for e in events])
+            files.append(Labelled(path.parent / row["file"], tuple(sorted(set(map(str, labels)))), events))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            expected = '{"file": ..., "labels": [...], "events": [{"label", "onset", "offset"}]}'
+            raise UserError(f"{path}, line {number}: expected {expected}, got {line[:120]!r} ({error!r})") from error
+    if not files:
+        raise UserError(f"{path} is empty")
+    return files
+
+
+def log_mels(files: Sequence[Labelled], front_end: dict[str, Any]) -> list[Tensor]:
+    """The log-mel spectrogram float32 ``[n_mels, T]`` of every file."""
+    from atst_fast.nn import LogMelSpectrogram
+    from atst_fast.train.audio import AudioError, read
+
+    spectrogram = LogMelSpectrogram(**front_end)
+    mels = []
+    for file in files:
+        try:
+            mels.append(spectrogram(torch.from_numpy(read(file.path))[None])[0])
+        except AudioError as error:
+            raise UserError(f"{file.path}: {error}") from error
+    return mels
+
+
+def mel_features(mels: Sequence[Tensor], patch: int) -> Features:
+    """Plain log-mel: the mean over time of each band, and per token its ``patch`` frames side by side."""
+    clips = np.stack([mel.mean(dim=1).numpy() for mel in mels])
+    return Features(clips, [_patches(mel, patch).numpy() for mel in mels])
+
+
+def _patches(mel: Tensor, patch: int) -> Tensor:
+    tokens = mel.shape[1] // patch
+    return mel[:, : tokens * patch].unflatten(1, (tokens, patch)).permute(1, 0, 2).flatten(1)
+
+
+@torch.inference_mode()
+def encoder_features(encoder: Any, mels: Sequence[Tensor], n_blocks: int) -> Features:
+    """The last ``n_blocks`` blocks of a ``FrameEncoder``, mean over time and per token.
+
+    Longer files are cut into chunks of the length that the encoder was made for.
+    """
+    chunk = encoder.max_frames // encoder.config["patch"][1] * encoder.config["patch"][1]
+    frames: list[list[np.ndarray]] = [[] for _ in mels]
+    for owners, mel, lengths in _batches(mels, chunk, encoder.config["patch"][1]):
+        tokens = encoder.tokens(lengths).tolist()
+        for owner, out, n in zip(owners, encoder.intermediate(mel, lengths, n_blocks), tokens, strict=True):
+            frames[owner].append(out[:n].float().numpy())
+    joined = [np.concatenate(parts) for parts in frames]
+    return Features(np.stack([f.mean(axis=0) for f in joined]), joined)
+
+
+def _batches(mels: Sequence[Tensor], chunk: int, patch: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Chunks of at least one token as (owners, mel [B, 1, n_mels, T] padded with zeros, valid frames [B])."""
+    chunks = [(i, part) for i, mel in enumerate(mels) for part in mel.split(chunk, dim=1) if part.shape[1] >= patch]
+    for at in range(0, len(chunks), BATCH):
+        owners, parts = zip(*chunks[at : at + BATCH], strict=True)
+        lengths = torch.tensor([part.shape[1] for part in parts])
+        mel = torch.zeros(len(parts), 1, parts[0].shape[0], int(lengths.max()))
+        for row, part in zip(mel, parts, strict=True):
+            row[0, :, : part.shape[1]] = part
+        yield list(owners), mel, lengths

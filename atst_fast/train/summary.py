@@ -1,0 +1,54 @@
+"""The last screen of a run: what was learned, how it went, and where everything lies."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from atst_fast.train import checkpoint
+
+
+def summary(run: Path, results: dict[str, Any], pictures: Path) -> Any:
+    """A rich panel about the run in folder ``run`` whose probe gave ``results`` (as in ``probe.json``)."""
+    from rich.panel import Panel
+    from rich.table import Table
+
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="bold")
+    rows.add_column(overflow="fold")
+    for metric, name in (("clip_map", "clips"), ("frame_map", "frames"), ("event_f1", "events")):
+        if metric in results["pretrained"]:
+            rows.add_row(f"learned, {name}", verdict(results, metric))
+    for name, text in course(run / "log.jsonl"):
+        rows.add_row(name, text)
+    rows.add_row("checkpoint", str(checkpoint.find(run)))
+    rows.add_row("pictures", ", ".join(sorted(p.name for p in pictures.glob("*.png"))) + f" in {pictures}")
+    rows.add_row("numbers", f"{pictures / 'probe.json'}, {run / 'log.jsonl'}, {run / 'config.json'}")
+    rows.add_row("TensorBoard", f"tensorboard --logdir {run / 'tensorboard'}")
+    rows.add_row("on your audio", "atst-fast pretrain --data FOLDER --out runs/mine --arch small")
+    rows.add_row("", "atst-fast probe --run runs/mine --data FOLDER (with train.jsonl and test.jsonl)")
+    return Panel(rows, title=f"{run}", expand=False)
+
+
+def verdict(results: dict[str, Any], metric: str) -> str:
+    """Pretrained beside random and log-mel, and whether the first two are apart by more than their spread."""
+    ours, random, plain = (results[name][metric] for name in ("pretrained", "random", "log-mel"))
+    gain, spread = ours["mean"] - random["mean"], (ours["std"] ** 2 + random["std"] ** 2) ** 0.5
+    if abs(gain) <= 2 * spread:
+        said = "no clear difference"
+    else:
+        said = "pretraining helps" if gain > 0 else "pretraining does not help yet"
+    numbers = f"pretrained {ours['mean']:.3f}, random {random['mean']:.3f}, log-mel {plain['mean']:.3f}"
+    return f"{numbers}: {said} ({metric}, {gain:+.3f} ± {spread:.3f})"
+
+
+def course(log: Path) -> list[tuple[str, str]]:
+    """Loss, deviation and speed from first to last, of a run's log; nothing where it has none."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    if not rows:
+        return []
+    first, last, rates = rows[0], rows[-1], sorted(row["clips_per_s"] for row in rows if "clips_per_s" in row)
+    lines = [
+        ("loss", f"{first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at step {last['step']}"),
+        ("deviation", f"student {last['std_student']:.3f}, teacher {last['std_teacher']:.3f} (0.001: collapsed)"),
+    ]
+    return [*lines, ("speed", f"{rates[len(rates) // 2]:.1f} clips/s")] if rates else lines

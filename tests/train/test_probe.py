@@ -1,0 +1,201 @@
+"""The probe: what it can and cannot read, its numbers on files of known content, and its errors."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from atst_fast.models import ATSTFrame, FrameEncoder
+from atst_fast.train import checkpoint
+from atst_fast.train.config import UserError
+from atst_fast.train.features import (
+    Features,
+    Labelled,
+    encoder_features,
+    log_mels,
+    mel_features,
+    read_labels,
+)
+from atst_fast.train.metrics import Event, roll
+from atst_fast.train.probe import ProbeConfig, Task, confusion, fit, load_task, probe, summarise, table, typical
+from tests.tolerances import CHUNKED_FEATURES
+
+pytest.importorskip("sklearn", reason="needs the extra eval")
+
+PITCH = {"high": 3000.0, "low": 300.0, "middle": 1000.0}
+CONFIG = ProbeConfig(run="unused", max_frames=600, median=3)
+
+
+def _scene(rng, seconds=2.0):
+    """Tones of two of three pitches over noise, each with its own start and end, as (int16, events)."""
+    t = np.arange(int(seconds * 16000)) / 16000
+    audio, events = 0.003 * rng.standard_normal(len(t)), []
+    for label in rng.choice(sorted(PITCH), 2, replace=False):
+        onset, offset = rng.uniform(0, 0.8), rng.uniform(1.0, seconds)
+        audio += 0.2 * np.sin(2 * np.pi * PITCH[label] * t) * ((t >= onset) & (t < offset))
+        events.append({"label": str(label), "onset": onset, "offset": offset})
+    return (audio * 32767).astype(np.int16), events
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("tones"), np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 10)):
+        rows = []
+        for i in range(count):
+            audio, events = _scene(rng)
+            soundfile.write(folder / f"{split}{i}.wav", audio, 16000)
+            rows.append({"file": f"{split}{i}.wav", "labels": sorted(e["label"] for e in events), "events": events})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with an untrained model in it."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(1)
+    size = {"dim": 64, "depth": 2, "num_heads": 2}
+    model = ATSTFrame(size, hidden=32, out=16, max_frames=101)
+    front_end = {"n_mels": 64, "win_length": 1024}
+    checkpoint.save(folder, 5, model.state_dict(), {}, {"model": model.config, "front_end": front_end}, keep=1)
+    rows = [{"step": i, "loss": 1.0, "std_student": 0.05, "std_teacher": 0.05} for i in range(5)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_probe_end_to_end(run, data, capsys):
+    out = probe(ProbeConfig(run=run, data=data, seeds=2, max_frames=600, median=3))
+    assert out == run / "probe"
+    assert {p.name for p in out.iterdir()} == {"probe.json", "loss.png", "events.png", "confusion.png"}
+    record = json.loads((out / "probe.json").read_text())
+    assert list(record["results"]) == ["pretrained", "random", "log-mel"]
+    for values in record["results"].values():
+        assert set(values) == {"clip_map", "clip_top1", "frame_map", "segment_f1", "event_f1"}
+        assert len(values["event_f1"]["values"]) == 2
+        assert values["clip_map"]["mean"] > 0.95  # three pure tones: anything can tell them apart
+        assert values["segment_f1"]["mean"] > 0.9
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("pretrained", "random", "log-mel", "event F1", "tensorboard --logdir"))
+
+
+def test_the_same_seed_gives_the_same_scores(run, data):
+    configs = [ProbeConfig(run=run, data=data, out=run / name, seeds=1, max_frames=600) for name in "ab"]
+    a, b = (json.loads((probe(config) / "probe.json").read_text())["results"] for config in configs)
+    assert a == b
+
+
+def test_labels_that_mean_nothing_score_at_chance(data):
+    """The probe cannot be fooled: with shuffled labels it is at the share of positives, 2/3."""
+    task = load_task(data)
+    mels = [mel_features(log_mels(files, {}), 4) for files in (task.train, task.test)]
+    honest = fit(task, *mels, 0, CONFIG)
+    order = np.random.default_rng(1).permutation(len(task.train))
+    shuffled = [replace(task.train[i], labels=task.train[j].labels, events=None) for i, j in enumerate(order)]
+    fooled = fit(Task(shuffled, task.test, task.labels), *mels, 0, CONFIG)
+    assert honest.values["clip_map"] > 0.95
+    assert fooled.values["clip_map"] < 0.85
+
+
+def test_labels_without_events_give_clip_scores_only(run, data, tmp_path):
+    for split in ("train", "test"):
+        rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
+        rows = [{"file": str(data / row["file"]), "labels": row["labels"]} for row in rows]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = probe(ProbeConfig(run=run, data=tmp_path, out=tmp_path / "out", seeds=1))
+    results = json.loads((out / "probe.json").read_text())["results"]
+    assert set(results["pretrained"]) == {"clip_map", "clip_top1"}
+    assert {p.name for p in out.iterdir()} == {"probe.json", "loss.png"}
+
+
+def test_features_do_not_depend_on_what_else_is_in_the_batch():
+    torch.manual_seed(0)
+    encoder = FrameEncoder({"dim": 64, "depth": 2, "num_heads": 2}, max_frames=41).eval()
+    mels = [torch.randn(64, n) for n in (101, 40, 57)]  # chunks of 40 frames: 40 40 20 (1 left), 40, 40 16 (1 left)
+    together = encoder_features(encoder, mels, 2)
+    assert [f.shape for f in together.frames] == [(25, 128), (10, 128), (14, 128)]
+    for i, mel in enumerate(mels):
+        alone = encoder_features(encoder, [mel], 2)
+        assert np.abs(alone.frames[0] - together.frames[i]).max() < CHUNKED_FEATURES
+        assert np.allclose(together.clips[i], together.frames[i].mean(axis=0))
+    first = encoder.intermediate(mels[0][None, None, :, :40], None, 2)[0].detach().numpy()
+    assert np.abs(first - together.frames[0][:10]).max() < CHUNKED_FEATURES
+
+
+def test_mel_features():
+    mel = torch.arange(2 * 9.0).reshape(2, 9)
+    features = mel_features([mel], 4)
+    assert features.clips.tolist() == [[4.0, 13.0]]
+    assert features.frames[0].tolist() == [[0, 1, 2, 3, 9, 10, 11, 12], [4, 5, 6, 7, 13, 14, 15, 16]]
+
+
+def test_confusion_counts_frames_with_one_label():
+    labels, events = ["a", "b"], (Event("a", 0, 0.12), Event("b", 0.08, 0.2))
+    task = Task([], [Labelled("x", ("a", "b"), events)], labels)
+    fitted = fit_of(frames=[np.array([[1, 0], [0, 1], [1, 0], [0, 1], [0, 1.0]])])
+    # frames 0, 1: a alone; 2: both; 3, 4: b alone
+    assert confusion(task, fitted).tolist() == [[1, 1], [0, 2]]
+
+
+def test_typical_is_the_median_file():
+    events = (Event("a", 0.0, 0.4),)
+    task = Task([], [Labelled(str(i), ("a",), events) for i in range(3)], ["a"])
+    good, none = roll(events, ["a"], 20), np.zeros((20, 1), bool)
+    middle = good | roll([Event("a", 0.6, 0.8)], ["a"], 20)  # one right, one too many
+    index, predicted = typical(task, fit_of(active=[good, middle, none]))
+    assert index == 1
+    assert [e.onset for e in predicted] == [0.0, pytest.approx(0.6)]
+
+
+def fit_of(**arrays):
+    from atst_fast.train.probe import Fitted
+
+    return Fitted(np.zeros((1, 1)), **arrays)
+
+
+def test_mean_and_spread():
+    fits = {"a": [fit_of(values={"clip_map": v}) for v in (0.1, 0.2, 0.6)]}
+    cell = summarise(fits)["a"]["clip_map"]
+    assert cell["mean"] == pytest.approx(0.3)
+    assert cell["std"] == pytest.approx(np.std([0.1, 0.2, 0.6], ddof=1))
+    assert table(summarise(fits), CONFIG).row_count == 1
+
+
+def test_a_label_that_is_always_there_needs_no_classifier():
+    files = [Labelled(f"{i}", ("a", "b")[: 1 + i % 2], None) for i in range(20)]
+    x = np.array([[i % 2, 0.0] for i in range(20)], np.float32)
+    fitted = fit(Task(files, files, ["a", "b"]), Features(x, []), Features(x, []), 0, CONFIG)
+    assert fitted.values["clip_map"] == 1
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"labels": ["a"]}', "line 2"),
+        ('{"file": "x.wav"}', "line 2"),
+        ('{"file": "x.wav", "events": [{"label": "a", "onset": 1}]}', "line 2"),
+        ("not json", "line 2"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+    (tmp_path / "train.jsonl").write_text('{"file": "x.wav", "labels": ["a"]}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        read_labels(tmp_path / "train.jsonl")
+
+
+def test_unusable_tasks_are_named(tmp_path, data, run):
+    with pytest.raises(UserError, match="there is no labels file"):
+        load_task(tmp_path)
+    rows = [{"file": f"{i}.wav", "labels": [f"label{i % 2}"]} for i in range(12)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text('{"file": "y.wav", "labels": ["other"]}\n')
+    with pytest.raises(UserError, match=r"labels that train\.jsonl lacks: other"):
+        load_task(tmp_path)
+    (tmp_path / "test.jsonl").write_text('{"file": "y.wav", "labels": ["label1"]}\n')
+    with pytest.raises(UserError, match=r"0\.wav: unreadable"):
+        probe(ProbeConfig(run=run, data=tmp_path, out=tmp_path / "out"))
+    with pytest.raises(UserError, match="--seeds"):
+        probe(ProbeConfig(run=run, data=data, seeds=0))
