@@ -1,10 +1,20 @@
 """Every tolerance of the tests, with its reason. float32 against golden tensors: rounding of a sum of that length."""
 
 # log_mel
+# Between two float32 transforms: 1e-7 of a frame's largest amplitude, seen in a triangle 60 dB below it. Added to ten
+# times the rounding noise of the stored value, which is larger where a triangle holds nothing but noise.
+MEL_GOLDEN_DB = 2e-3
+# Against float64, by distance from the loudest value: 2^-24 * sqrt(log2 n_fft) of the largest amplitude is 1e-4 of an
+# amplitude 60 dB down and 1e-3 of one 80 dB down; times 20 / ln 10.
+MEL_60_DB = 0.002
+MEL_80_DB = 0.02
+MEL_LIBROSA_DB = 0.02  # librosa's float64 window and triangles differ from float32 ones in the last place
 
 # augment
 
 # patch_embed
+# Sums of 256 float32 products (gradients: of all tokens), relative to the largest value.
+PATCH_EMBED = 1e-5
 
 # frame_attention
 # float32 sums of 250 products, twice, in another order than the reference's, relative to the largest value.

@@ -86,9 +86,9 @@ def log_mel_with(
     if samples <= n_fft // 2:
         expected = f"longer than n_fft // 2 = {n_fft // 2} samples ({_AXES}), which the reflection at its ends needs"
         _checks.fail(_OP, "waveform", expected, waveform)
-    _checks.same_device(_OP, "waveform", waveform, lengths=lengths, window=window, fb=fb)
     if lengths is not None:
         lengths = _check_lengths(lengths, waveform, n_fft)
+    _checks.same_device(_OP, "waveform", waveform, lengths=lengths, window=window, fb=fb)
     group = 1 if lengths is not None else _floor_group(waveform.shape)
     scale, bias = 1.0, 0.0
     if minmax is not None:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 def patches(mel: Tensor, patch: tuple[int, int], stride: tuple[int, int]) -> Tensor:
     """``[B, 1, F, T]`` to ``[B, L, ph*pw]``: time-major order of patches, mel-major within one, rests cut off."""
+    if mel.shape[2] < patch[0] or mel.shape[3] < patch[1]:
+        return mel.new_zeros(mel.shape[0], 0, patch[0] * patch[1])
     windows = mel[:, 0].unfold(1, patch[0], stride[0]).unfold(2, patch[1], stride[1])  # [B, rows, columns, ph, pw]
     return windows.transpose(1, 2).flatten(3).flatten(1, 2)
 
