@@ -153,7 +153,7 @@ def augment_views(
 
     Each view is read once, written once: log-mixup-exp with the partner, then a bicubic crop (A = -0.75, corners
     aligned, no antialias, no clamping). Not differentiable: ``mel`` must not require a gradient.
-    Largest difference from upstream for values between -1.5 and 1.5: 2e-6. A NaN stays in its clip and in those mixed with
+    Largest difference from upstream for values between -1.5 and 1.5: 2e-6. A NaN stays in its clip and those mixed with
     it. Matches audiossl/transforms/byol_a.py (Mixup, RandomResizeCrop) given the draws.
 
     Raises:
