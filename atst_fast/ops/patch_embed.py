@@ -71,7 +71,8 @@ def patch_embed(
         return reference.patch_embed(mel, weight, bias, mask, mask_embed, pos_embed, patch, stride)
     mel32, weight, bias, mask_embed, pos_embed = map(_float, (mel, weight, bias, mask_embed, pos_embed))
     mask = None if mask is None else mask.contiguous()
-    out = torch.ops.atst_fast.patch_embed(mel32, weight, bias, mask, mask_embed, pos_embed, patch, stride)
+    with torch.autocast(mel.device.type, enabled=False):  # the operator calls a matrix product of torch
+        out = torch.ops.atst_fast.patch_embed(mel32, weight, bias, mask, mask_embed, pos_embed, patch, stride)
     return out.to(mel.dtype)
 
 
@@ -154,9 +155,10 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad):
     mel, weight, mask = ctx.saved_tensors
     needs_mel = ctx.needs_input_grad[0]
-    dweight, dbias, dmask_embed, dpos, dmel = torch.ops.atst_fast.patch_embed_backward(
-        grad.contiguous(), mel, weight, mask, ctx.pos_rows, needs_mel, ctx.patch, ctx.stride
-    )
+    with torch.autocast(grad.device.type, enabled=False):
+        dweight, dbias, dmask_embed, dpos, dmel = torch.ops.atst_fast.patch_embed_backward(
+            grad.contiguous(), mel, weight, mask, ctx.pos_rows, needs_mel, ctx.patch, ctx.stride
+        )
     return (
         dmel if needs_mel else None,
         dweight,

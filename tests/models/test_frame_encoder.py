@@ -1,0 +1,217 @@
+import copy
+import pickle
+
+import pytest
+import torch
+
+from atst_fast.models import ARCHS, FrameEncoder
+from benchmarks import official
+from tests.golden import assert_golden, load
+from tests.tolerances import BF16_RTOL, NETWORK_RTOL
+
+TINY = {"dim": 24, "depth": 2, "num_heads": 3}
+TOKENS = [c for c in load("prepare_tokens")[1]["cases"] if c["model"] == "FrameAST"]
+
+
+def tiny(**kwargs):
+    return FrameEncoder(TINY, **({"max_frames": 41, "mlp_ratio": 2.0} | kwargs))
+
+
+def batch(clips=3, frames=41, **kwargs):
+    mel = torch.randn(clips, 1, 64, frames)
+    mask = torch.rand(clips, frames // 4) < 0.5
+    mask[:, 0] = True
+    return mel, torch.randint(4, frames + 1, (clips,)), mask
+
+
+def plain_pair(**kwargs):
+    ours = tiny(**kwargs)
+    plain = official.Encoder(**TINY, mlp_ratio=2.0, positions=10)
+    plain.load_state_dict(ours.state_dict())
+    return ours.eval(), plain.eval()
+
+
+def assert_same(ours, plain):
+    torch.testing.assert_close(ours, plain, rtol=0, atol=NETWORK_RTOL * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("case", TOKENS, ids=lambda c: c["id"])
+def test_golden_prepare_tokens(case):
+    t = load("prepare_tokens")[0]
+    size = {"dim": case["dim"], "depth": 1, "num_heads": case["heads"]}
+    patch = (case["ph"], case["pw"])
+    encoder = FrameEncoder(size, patch=patch, max_frames=case["spec_w"], pos_type=case["pos"])
+    weights = {k.removeprefix(f"in/w_{case['w']}/"): v for k, v in t.items() if k.startswith(f"in/w_{case['w']}/")}
+    assert not encoder.load_state_dict(weights, strict=False).unexpected_keys
+    mel = t["in/x"][..., : case["T"]]
+    want = t[f"out/{case['id']}/x"]
+    mask = t[case["mask"]][:, : want.shape[1]] if case["mask"] and case["use_mask"] else None
+    assert_golden("prepare_tokens", f"out/{case['id']}/x", encoder.prepare_tokens(mel, mask))
+    lengths = encoder.tokens(t["in/len"].clamp(max=case["T"]))
+    assert torch.equal(lengths, t[f"out/{case['id']}/patch_length"].clamp(max=encoder.tokens(case["T"])))
+
+
+def test_interpolated_positions_can_be_longer_than_trained():
+    encoder = tiny(pos_type="interpolate")
+    y = encoder(torch.randn(1, 1, 64, 100))
+    assert y.shape == (1, 25, 24)
+    y.square().sum().backward()
+    assert encoder.pos_embed.grad[:, 1:].abs().max() > 0
+    assert not encoder.pos_embed.grad[:, 0].any()
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_forward_equals_the_plain_structure(ragged):
+    ours, plain = plain_pair()
+    mel, lengths, mask = batch()
+    lengths = lengths if ragged else torch.full_like(lengths, 41)
+    want, _ = plain.tokens(mel, lengths)
+    assert_same(ours(mel, lengths), want)  # padded rows too
+    want, _ = plain.tokens(mel, lengths, mask)
+    assert_same(ours(mel, lengths, mask), want)
+    for replace in (True, False):
+        assert_same(ours.masked_tokens(mel, lengths, mask, replace=replace), plain(mel, lengths, mask, replace))
+
+
+def test_lengths_none_is_all_valid():
+    encoder = tiny().eval()
+    mel, _, mask = batch()
+    full = torch.full((3,), 41)
+    assert torch.equal(encoder(mel), encoder(mel, full))
+    # the last frame belongs to no token
+    assert torch.equal(encoder(mel), encoder(mel, full - 1))
+    rows = encoder.masked_tokens(mel, None, mask, replace=True)
+    assert torch.equal(rows, encoder.masked_tokens(mel, full, mask, replace=True))
+
+
+def test_what_lies_past_the_length_is_not_read():
+    encoder = tiny().eval()
+    mel, _, mask = batch(2)
+    lengths = torch.tensor([20, 41])
+    other = mel.clone()
+    other[0, :, :, 20:] = 1e4
+    assert torch.equal(
+        encoder.masked_tokens(mel, lengths, mask, replace=False),
+        encoder.masked_tokens(other, lengths, mask, replace=False),
+    )
+    alone = encoder(mel[:1, :, :, :20])
+    torch.testing.assert_close(encoder(mel, lengths)[:1, :5], alone, rtol=0, atol=1e-5)
+
+
+def test_a_clip_without_valid_token_is_nobodys_problem():
+    encoder = tiny().eval()
+    mel, _, mask = batch(2)
+    rows = encoder.masked_tokens(mel, torch.tensor([3, 41]), mask, replace=True)
+    torch.testing.assert_close(rows, encoder.masked_tokens(mel[1:], None, mask[1:], replace=True), rtol=0, atol=1e-5)
+    assert encoder(mel, torch.tensor([0, 41])).isfinite().all()
+
+
+def test_intermediate():
+    ours, plain = plain_pair()
+    mel, lengths, _ = batch()
+    both = ours.intermediate(mel, lengths, n_blocks=2)
+    assert both.shape == (3, 10, 48)
+    assert torch.equal(both[..., 24:], ours(mel, lengths))
+    assert torch.equal(both[..., 24:], ours.intermediate(mel, lengths))
+    del plain.blocks[1]
+    assert_same(both[..., :24], plain.tokens(mel, lengths)[0])
+
+
+def test_no_clips():
+    encoder = tiny()
+    assert encoder(torch.randn(0, 1, 64, 41)).shape == (0, 10, 24)
+    assert encoder(torch.randn(0, 1, 64, 41), torch.zeros(0, dtype=torch.int64)).shape == (0, 10, 24)
+
+
+def errors():
+    mel, lengths, mask = batch()
+    n, p = "FrameEncoder: ", torch.Tensor
+    yield lambda e: e(mel[:, 0]), n + r"mel must be \[B, 1, 64, T\]"
+    yield lambda e: e(mel[:, :, :32]), n + r"mel must be \[B, 1, 64, T\]"
+    yield lambda e: e(None), n + "mel must be a tensor"
+    yield lambda e: e(torch.randn(1, 1, 64, 45)), n + "mel must be at most 41 frames long"
+    yield lambda e: e(mel, lengths.int()), n + r"lengths must be .* of dtype int64"
+    yield lambda e: e(mel, lengths[:2]), n + r"lengths must be \[3\]"
+    yield lambda e: e(mel, lengths + 41), n + r"lengths must be \[3\] \(valid frames of each clip, 0 to 41\)"
+    yield lambda e: e(mel, lengths - 42), n + "lengths must be"
+    yield lambda e: e(mel, None, p.float(mask)), n + r"mask must be .* of dtype bool"
+    yield lambda e: e(mel, None, mask[:, 1:]), n + r"mask must be \[3, 10\] \(clips, tokens\)"
+    yield lambda e: e.masked_tokens(mel, None, mask[:2], replace=True), n + r"mask must be \[3, 10\]"
+    yield lambda e: e.masked_tokens(mel, None, mask & False, replace=True), n + "mask must select at least one"
+    yield lambda e: e.masked_tokens(mel, lengths * 0, mask, replace=True), n + "mask must select at least one"
+    yield lambda e: e.intermediate(mel, n_blocks=3), n + "n_blocks must be from 1 to 2"
+    yield lambda e: tiny(pos_type="learned"), n + "pos_type must be"
+    yield lambda e: tiny(patch=(65, 4)), n + "patch must be at most"
+    yield lambda e: FrameEncoder("huge"), n + "arch must be one of tiny, small, base, large"
+    yield lambda e: FrameEncoder({"dim": 24}), n + "arch must be"
+
+
+@pytest.mark.parametrize("index", range(len(list(errors()))))
+def test_errors(index):
+    call, message = list(errors())[index]
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(tiny())
+
+
+def test_archs_have_the_published_sizes():
+    counts = {}
+    for arch in ("small", "base"):
+        with torch.device("meta"):
+            counts[arch] = sum(p.numel() for p in FrameEncoder(arch).parameters())
+    assert counts == {"small": 21_475_968, "base": 85_419_264}
+    assert all(size["dim"] % size["num_heads"] == 0 for size in ARCHS.values())
+
+
+def test_initialisation():
+    encoder = FrameEncoder("tiny")
+    for name, p in encoder.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif "norm" in name:
+            assert (p == 1).all(), name
+        else:
+            assert p.std().item() == pytest.approx(0.02, rel=0.25 if p.numel() < 1000 else 0.03), name
+    assert [round(b.drop_path, 6) for b in encoder.blocks] == [0.0, 0.02, 0.04, 0.06, 0.08, 0.1]
+
+
+def test_config_builds_the_same_encoder():
+    encoder = tiny(patch_embed="CNN", qkv_bias=True, pos_type="interpolate")
+    again = FrameEncoder(**encoder.config)
+    again.load_state_dict(encoder.state_dict())
+    mel, lengths, _ = batch()
+    assert torch.equal(again.eval()(mel, lengths), encoder.eval()(mel, lengths))
+
+
+def test_copies_and_strictness():
+    encoder = tiny().eval()
+    mel, lengths, _ = batch()
+    for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert torch.equal(other(mel, lengths), encoder(mel, lengths))
+    state = encoder.state_dict()
+    with pytest.raises(RuntimeError, match=r"norm_frame\.weight"):
+        encoder.load_state_dict({k: v for k, v in state.items() if k != "norm_frame.weight"})
+
+
+def test_made_on_meta_and_filled_later():
+    with torch.device("meta"):
+        encoder = tiny()
+    encoder = encoder.to_empty(device="cpu")
+    encoder.reset_parameters()
+    assert encoder(torch.randn(1, 1, 64, 41)).isfinite().all()
+
+
+def test_autocast():
+    encoder = tiny().eval()
+    mel, lengths, mask = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = encoder.masked_tokens(mel, lengths, mask, replace=True)
+    want = encoder.masked_tokens(mel, lengths, mask, replace=True)
+    torch.testing.assert_close(rows.float(), want, rtol=0, atol=BF16_RTOL * want.abs().max().item())
+
+
+def test_compile():
+    encoder = tiny().eval()
+    mel, lengths, mask = batch()
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(mel), encoder(mel), rtol=0, atol=1e-5)
+    torch.testing.assert_close(compiled(mel, lengths, mask), encoder(mel, lengths, mask), rtol=0, atol=1e-5)
