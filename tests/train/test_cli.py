@@ -34,7 +34,6 @@ def test_options_have_help(name, capsys):
 
 
 def test_errors_of_the_user_are_one_line_and_code_2(tmp_path, clips_folder, capsys):
-    pytest.importorskip("atst_fast.train.front_end")
     cases = [
         (["trian"], "atst-fast: there is no command 'trian'"),
         (["pretrain", "--data", f"{tmp_path}/no", "--out", f"{tmp_path}/o"], "atst-fast pretrain: there is no folder"),

@@ -12,14 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from atst_fast.models.frame_encoder import ARCHS
-from atst_fast.train import checkpoint, files
+from atst_fast.train import checkpoint, files, pretrain
 from atst_fast.train.config import PretrainConfig, UserError
 from atst_fast.train.logging import Stopwatch, forget
 from atst_fast.train.pack import PackConfig, pack
 from tests.train.conftest import BAD, write_clips
-
-pytest.importorskip("atst_fast.train.front_end")
-from atst_fast.train import pretrain
 
 STEPS = 10
 SIZE = {"dim": 24, "depth": 2, "num_heads": 3}

@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from atst_fast.models import ATSTFrame
+from atst_fast.train.front_end import FrontEndBatch
 from atst_fast.train.schedule import Schedules
+from atst_fast.train.step import make_optimizer, train_step
 from tests.golden import load
 from tests.tolerances import GOLDEN_LOSS_RTOL, GOLDEN_STEP_ATOL, SCHEDULE_RTOL
-
-FrontEndBatch = pytest.importorskip("atst_fast.train.front_end").FrontEndBatch
-from atst_fast.train.step import make_optimizer, train_step  # noqa: E402
 
 
 def golden_system():
