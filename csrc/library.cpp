@@ -7,6 +7,7 @@ STABLE_TORCH_LIBRARY(atst_fast, m) {
   m.def("log_mel(Tensor waveform, Tensor window, Tensor fb, Tensor? lengths, int hop_length, float? top_db, float scale, float bias, int group) -> Tensor");
 
   // augment
+  m.def("augment(Tensor mel, Tensor bank, Tensor bank_lengths, Tensor partner, Tensor start, Tensor alpha, Tensor crop, int[] canvas) -> Tensor");
 
   // patch_embed
   m.def("patch_embed(Tensor mel, Tensor weight, Tensor? bias, Tensor? mask, Tensor? mask_embed, Tensor? pos_embed, int[] patch, int[] stride) -> Tensor");

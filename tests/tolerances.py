@@ -11,6 +11,10 @@ MEL_80_DB = 0.02
 MEL_LIBROSA_DB = 0.02  # librosa's float64 window and triangles differ from float32 ones in the last place
 
 # augment
+# Two exponentials and a logarithm of 2 ulp each near 1, then sums of up to 16 products with weights below 1.2.
+AUGMENT = 2e-6
+# Upstream computes where a column is read in float32: 2^-24 of up to 450 columns, times a slope of a few per column.
+AUGMENT_FLOAT64 = 2e-4
 
 # patch_embed
 # Sums of 256 float32 products (gradients: of all tokens), relative to the largest value.

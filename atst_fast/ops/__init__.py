@@ -5,13 +5,18 @@ dispatch of one operator; what it computes in the plainest form is ``atst_fast.r
 """
 
 from atst_fast.ops._registry import build_info
+from atst_fast.ops.augment import AugmentDraws, MemoryBank, augment_views, draw_augment
 from atst_fast.ops.ema import ema_update_
 from atst_fast.ops.frame_attention import frame_attention, frame_attention_packed
 from atst_fast.ops.log_mel import log_mel
 from atst_fast.ops.patch_embed import patch_embed
 
 __all__ = [
+    "AugmentDraws",
+    "MemoryBank",
+    "augment_views",
     "build_info",
+    "draw_augment",
     "ema_update_",
     "frame_attention",
     "frame_attention_packed",

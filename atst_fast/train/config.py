@@ -67,6 +67,8 @@ class PretrainConfig:
     """share of the patches that mask spans are drawn for (spans overlap: about 0.5 end up masked)"""
     mask_len: int = 5
     """patches of 40 ms in a mask span"""
+    bank_size: int = 2000
+    """earlier clips that a clip may be mixed with; they are kept in memory and in checkpoints"""
     hidden: int = 4096
     """width of the hidden layer of projector and predictor"""
     drop_path: float = 0.1

@@ -64,7 +64,9 @@ class Run:
             patch=(s["n_mels"], 4),
             max_frames=frames,
         ).to(self.device)
-        self.front_end = FrontEnd(**mel, mask_ratio=s["mask_ratio"], mask_len=s["mask_len"], seed=s["seed"])
+        self.front_end = FrontEnd(
+            **mel, mask_ratio=s["mask_ratio"], mask_len=s["mask_len"], bank_size=s["bank_size"], seed=s["seed"]
+        )
         self.front_end.to(self.device)
         self.schedules = Schedules(
             steps=self.steps,

@@ -1,0 +1,226 @@
+"""The augmented views of a batch of clips, given the draws, and the memory bank that they are mixed with."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from atst_fast.ops import _checks
+from atst_fast.ops._registry import register
+from atst_fast.reference import augment as reference
+
+_OP = "augment_views"
+_AXES = "[B, 1, F, T] (clips, 1, mel bins, frames)"
+
+
+class AugmentDraws(NamedTuple):
+    """What is random about one view of a batch; all on the CPU or on the device of the mel.
+
+    ``partner`` int64 ``[B]``: whom a clip is mixed with: -1 nobody, 0 to C - 1 a slot of the bank of C slots, C + b
+    clip b of the same batch. ``start`` int64 ``[B]``: where a shorter partner is laid over the clip, or a longer one is
+    read from. ``alpha`` float32 ``[B]``: weight of the partner. ``crop`` int64 ``[B, 4]``: first bin, first frame,
+    height and width on the canvas. ``canvas``: its bins and frames, at least those of the mel, which lies in its
+    middle.
+    """
+
+    partner: Tensor
+    start: Tensor
+    alpha: Tensor
+    crop: Tensor
+    canvas: tuple[int, int]
+
+
+class MemoryBank:
+    """The last ``capacity`` clips, unmixed: a ring on the device of the mel, allocated when the first clips come.
+
+    ``count`` clips have been pushed; clip number n lies in slot ``n % capacity``, with its ``lengths`` columns.
+    """
+
+    def __init__(self, capacity: int = 2000):
+        if capacity < 1:
+            raise ValueError(f"MemoryBank: capacity must be at least 1 clip, got {capacity}")
+        self.capacity = capacity
+        self.count = 0
+        self.mels: Tensor | None = None
+        self.lengths = torch.zeros(capacity, dtype=torch.int64)
+
+    def push(self, mel: Tensor) -> None:
+        """Append the clips of ``mel`` ``[B, 1, F, T]``; of more than ``capacity`` the last ones stay."""
+        bins, frames = mel.shape[2:]
+        self._hold(bins, frames, mel)
+        assert self.mels is not None
+        kept = mel[-self.capacity :, 0]
+        first = self.count + mel.shape[0] - kept.shape[0]
+        slots = torch.arange(first, first + kept.shape[0]) % self.capacity
+        self.mels[slots.to(mel.device), :, :frames] = kept.to(self.mels.dtype)
+        self.lengths[slots] = frames
+        self.count += mel.shape[0]
+
+    def _hold(self, bins: int, frames: int, like: Tensor) -> None:
+        """Make room for clips of that size; a bank of narrower clips is copied into a wider one."""
+        old = self.mels
+        if old is None or old.shape[2] < frames:
+            self.mels = torch.empty(self.capacity, bins, frames, dtype=torch.float32, device=like.device)
+            if old is not None:
+                used = min(self.count, self.capacity)
+                self.mels[:used, :, : old.shape[2]] = old[:used]
+        elif old.shape[1] != bins:
+            raise ValueError(f"MemoryBank: mel must have the {old.shape[1]} mel bins of the bank, got {bins}")
+
+    def state_dict(self) -> dict:
+        """Tensors and numbers of the filled part."""
+        used = min(self.count, self.capacity)
+        mels = None if self.mels is None else self.mels[:used].clone()
+        return {"count": self.count, "mels": mels, "lengths": self.lengths[:used].clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where a bank of the same capacity was."""
+        mels, used = state["mels"], state["lengths"].shape[0]
+        if used != min(state["count"], self.capacity):
+            raise ValueError(f"MemoryBank: the state is of a bank of another capacity than {self.capacity}")
+        self.count, self.mels = state["count"], None
+        if mels is not None:
+            self._hold(mels.shape[1], mels.shape[2], mels)
+            assert self.mels is not None
+            self.mels[:used] = mels
+        self.lengths[:used] = state["lengths"]
+
+
+def draw_augment(
+    shape: Sequence[int],
+    bank: MemoryBank | None,
+    generator: torch.Generator | None = None,
+    *,
+    mixup_ratio: float = 0.4,
+    canvas_scale: tuple[float, float] = (1.0, 1.0),
+    freq_scale: tuple[float, float] | None = (0.6, 1.5),
+    time_scale: tuple[float, float] = (1.0, 1.0),
+) -> AugmentDraws:
+    """Draw one view of a batch of ``shape`` (B, 1, F, T) as the official transforms do, clip after clip.
+
+    Each clip is mixed with one of the (at most ``bank.capacity``) clips before it, those of the same batch included,
+    with weight ``mixup_ratio * U[0, 1)``; the very first one, or without a bank, with nobody. The crop has
+    ``int(U(freq_scale) * F)`` bins and ``int(U(time_scale) * T)`` frames, at least 1 and at most those of the canvas of
+    ``canvas_scale`` times the input, at a uniform place; ``freq_scale=None``: no crop.
+    Source: audiossl/methods/atstframe/transform.py, audiossl/transforms/byol_a.py.
+    """
+    clips, _, bins, frames = shape
+    canvas = (int(bins * canvas_scale[0]), int(frames * canvas_scale[1]))
+    u = torch.rand(clips, 7, dtype=torch.float64, generator=generator).tolist()
+    partner, start, alpha, crop = [], [], [], []
+    for b, (u_alpha, u_partner, u_start, u_freq, u_time, u_bin, u_frame) in enumerate(u):
+        who, width = -1, frames
+        if bank is not None and bank.count + b > 0:
+            number = bank.count + b - 1 - int(u_partner * min(bank.count + b, bank.capacity))
+            in_batch = number >= bank.count
+            who = bank.capacity + number - bank.count if in_batch else number % bank.capacity
+            width = frames if in_batch else int(bank.lengths[who])
+        partner.append(who)
+        start.append(int(u_start * (abs(width - frames) + 1)))
+        alpha.append(mixup_ratio * u_alpha)
+        box = (0, 0, *canvas)
+        if freq_scale is not None:
+            h = min(max(int(_between(freq_scale, u_freq) * bins), 1), canvas[0])
+            w = min(max(int(_between(time_scale, u_time) * frames), 1), canvas[1])
+            box = (int(u_bin * (canvas[0] - h + 1)), int(u_frame * (canvas[1] - w + 1)), h, w)
+        crop.append(box)
+    index = {"dtype": torch.int64}
+    boxes = torch.tensor(crop, **index).reshape(clips, 4)
+    return AugmentDraws(
+        torch.tensor(partner, **index),
+        torch.tensor(start, **index),
+        torch.tensor(alpha, dtype=torch.float32),
+        boxes,
+        canvas,
+    )
+
+
+def _between(bounds: tuple[float, float], u: float) -> float:
+    return bounds[0] + (bounds[1] - bounds[0]) * u
+
+
+def augment_views(
+    mel: Tensor, draws: Sequence[AugmentDraws | None], banks: Sequence[MemoryBank | None] | None = None
+) -> tuple[Tensor, ...]:
+    """Views of a batch of clips, one per entry of ``draws``; None gives ``mel`` itself, without a copy.
+
+    Args:
+        mel: ``[B, 1, F, T]`` normalised log-mel, float32, bfloat16 or float16 (computed in float32).
+        draws: what is random about each view, from `draw_augment` or recorded.
+        banks: the bank of each view, or None where nothing is mixed. After the views are made the unmixed clips are
+            pushed into each bank.
+
+    Each view is read once, written once: log-mixup-exp with the partner, then a bicubic crop (A = -0.75, corners
+    aligned, no antialias, no clamping). Not differentiable: ``mel`` must not require a gradient.
+    Largest difference from upstream for values between -1.5 and 1.5: 2e-6. A NaN stays in its clip and those mixed with
+    it. Matches audiossl/transforms/byol_a.py (Mixup, RandomResizeCrop) given the draws.
+
+    Raises:
+        TypeError: another dtype. ValueError: a shape or draw out of range, or a mel that requires a gradient.
+    """
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    _checks.tensor(_OP, "mel", mel, _AXES, dim=4, dtypes=dtypes)
+    if mel.shape[1] != 1:
+        _checks.fail(_OP, "mel", _AXES, mel)
+    if mel.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{_OP}: mel must not require a gradient: augmentation has none; detach it first")
+    banks = [None] * len(draws) if banks is None else banks
+    if len(banks) != len(draws):
+        raise ValueError(f"{_OP}: banks must have an entry for each of the {len(draws)} draws, got {len(banks)}")
+    full = mel.float().contiguous()
+    views = tuple(mel if d is None else _view(full, d, bank).to(mel.dtype) for d, bank in zip(draws, banks))
+    for d, bank in zip(draws, banks):
+        if d is not None and bank is not None:
+            bank.push(full)
+    return views
+
+
+def _view(mel: Tensor, draws: AugmentDraws, bank: MemoryBank | None) -> Tensor:
+    _check_draws(mel, draws, bank)
+    if bank is None or bank.mels is None:
+        slots = 0 if bank is None else bank.capacity
+        mels = mel.new_empty(0, mel.shape[2], 1)
+        # nobody is in the bank yet: partners of this batch are numbered from 0
+        partner = torch.where(draws.partner < 0, draws.partner, draws.partner - slots)
+        lengths = draws.partner[:0]
+    else:
+        mels, lengths, partner = bank.mels, bank.lengths, draws.partner
+    device = {"device": mel.device, "non_blocking": True}
+    per_clip = (x.to(**device) for x in (partner, draws.start, draws.alpha, draws.crop.contiguous()))
+    return torch.ops.atst_fast.augment(mel, mels, lengths.to(**device), *per_clip, list(draws.canvas))
+
+
+def _check_draws(mel: Tensor, draws: AugmentDraws, bank: MemoryBank | None) -> None:
+    clips, _, bins, frames = mel.shape
+    names = {"partner": ([clips], torch.int64), "start": ([clips], torch.int64), "alpha": ([clips], torch.float32)}
+    names["crop"] = ([clips, 4], torch.int64)
+    for name, (shape, dtype) in names.items():
+        value = getattr(draws, name)
+        _checks.tensor(_OP, f"draws.{name}", value, str(shape), dtypes=(dtype,))
+        if list(value.shape) != shape:
+            _checks.fail(_OP, f"draws.{name}", f"{shape}, one entry per clip", value)
+    if draws.canvas[0] < bins or draws.canvas[1] < frames:
+        _checks.fail(_OP, "draws.canvas", f"at least ({bins}, {frames}), the size of mel", draws.canvas)
+    used = 0 if bank is None else min(bank.count, bank.capacity)
+    slots = 0 if bank is None else bank.capacity
+    for b, (who, start, (i, j, h, w)) in enumerate(
+        zip(draws.partner.tolist(), draws.start.tolist(), draws.crop.tolist())
+    ):
+        if not (who == -1 or 0 <= who < used or slots <= who < slots + clips):
+            expected = f"-1, a filled slot of the bank (0 to {used - 1}) or {slots} + a clip of the batch"
+            raise ValueError(f"{_OP}: draws.partner[{b}] must be {expected}, got {who}")
+        slack = abs(int(bank.lengths[who]) - frames) if bank is not None and 0 <= who < used else 0
+        if not 0 <= start <= slack:
+            raise ValueError(f"{_OP}: draws.start[{b}] must be from 0 to {slack} frames, got {start}")
+        if min(i, j) < 0 or min(h, w) < 1 or i + h > draws.canvas[0] or j + w > draws.canvas[1]:
+            expected = f"(bin, frame, height, width) within the canvas {tuple(draws.canvas)}"
+            raise ValueError(f"{_OP}: draws.crop[{b}] must be {expected}, got {(i, j, h, w)}")
+
+
+register("augment", CUDA=reference.augment)
+
+
+@torch.library.register_fake("atst_fast::augment")
+def _(mel, bank, bank_lengths, partner, start, alpha, crop, canvas):
+    return mel.new_empty(mel.shape)

@@ -1,0 +1,83 @@
+"""Waveforms to what a training step sees: two views of their log-mel and a mask."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from atst_fast.nn import LogMelSpectrogram
+from atst_fast.ops.augment import MemoryBank, augment_views, draw_augment
+from atst_fast.train.masks import block_mask
+
+
+class FrontEndBatch(NamedTuple):
+    """``view1``, ``view2`` ``[B, 1, F, T]`` float32; ``lengths`` int64 ``[B]`` mel frames; ``mask`` bool ``[B, L]``."""
+
+    view1: Tensor
+    view2: Tensor
+    lengths: Tensor
+    mask: Tensor
+
+
+class FrontEnd(nn.Module):
+    """The official transform of ATST-Frame for a whole batch (audiossl/methods/atstframe/transform.py).
+
+    By default as published: view 1 is the plain log-mel (``aug_tea=False``), view 2 is mixed with an earlier clip and
+    warped in frequency (``aug_stu=True``), both have the same mask. ``mixup`` and ``freq_warp`` leave either out. Each
+    augmented view has a memory bank of ``bank_size`` clips of its own. All draws come from one generator; the state
+    dict holds it and the banks, so a run that is continued sees the same views.
+    """
+
+    def __init__(
+        self,
+        *,
+        sample_rate: int = 16000,
+        n_mels: int = 64,
+        win_length: int | None = None,
+        patch_width: int = 4,
+        mask_ratio: float = 0.65,
+        mask_len: int = 5,
+        mask_type: str = "block",
+        aug_tea: bool = False,
+        aug_stu: bool = True,
+        mixup: bool = True,
+        freq_warp: bool = True,
+        bank_size: int = 2000,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.log_mel = LogMelSpectrogram(sample_rate=sample_rate, n_mels=n_mels, win_length=win_length)
+        self.patch_width = patch_width
+        self.mask = {"mask_ratio": mask_ratio, "mask_len": mask_len, "mask_type": mask_type}
+        self.augmented = (aug_tea, aug_stu)
+        self.freq_scale = (0.6, 1.5) if freq_warp else None
+        self.banks = [MemoryBank(bank_size) if on and mixup else None for on in self.augmented]
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def forward(self, waveform: Tensor) -> FrontEndBatch:
+        """``[B, N]`` float32 or int16, clips padded with zeros at their end to the crop's length, as upstream does:
+        all frames count as valid."""
+        mel = self.log_mel(waveform[:, None])
+        clips, _, _, frames = mel.shape
+        mask = block_mask(clips, frames // self.patch_width, **self.mask, generator=self.generator)
+        draws = [
+            draw_augment(mel.shape, bank, self.generator, freq_scale=self.freq_scale) if on else None
+            for on, bank in zip(self.augmented, self.banks)
+        ]
+        view1, view2 = augment_views(mel, draws, self.banks)
+        lengths = torch.full((clips,), frames, dtype=torch.int64)
+        return FrontEndBatch(view1, view2, lengths.to(mel.device), mask.to(mel.device))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Generator and memory banks."""
+        banks = [None if bank is None else bank.state_dict() for bank in self.banks]
+        return {"generator": self.generator.get_state(), "banks": banks}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"].cpu())
+        for bank, saved in zip(self.banks, state["banks"], strict=True):
+            if (bank is None) != (saved is None):
+                raise ValueError("FrontEnd: the state is of a front end that augments other views")
+            if bank is not None:
+                bank.load_state_dict(saved)
