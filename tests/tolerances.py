@@ -8,6 +8,7 @@ MEL_GOLDEN_DB = 2e-3
 # amplitude 60 dB down and 1e-3 of one 80 dB down; times 20 / ln 10.
 MEL_60_DB = 0.002
 MEL_80_DB = 0.02
+MEL_60, MEL_80 = 3e-5, 3e-4  # the same on the normalised scale, which is 130 dB over 2
 MEL_LIBROSA_DB = 0.02  # librosa's float64 window and triangles differ from float32 ones in the last place
 
 # augment

@@ -17,10 +17,17 @@ namespace atst {
 // Frames of a tile: staged together, so that a sample is converted and transposed once for all frames that contain it.
 constexpr int64_t kTileFrames = 32;
 
+// The kernel lays a tile's samples out as columns[n % hop][n / hop]: so many columns, a multiple of four.
+constexpr int64_t log_mel_columns(int64_t n_fft, int64_t hop) {
+  const int64_t reach = (n_fft + hop - 1) / hop;
+  return (kTileFrames + reach + 3) / 4 * 4;
+}
+
 struct LogMelPlan {
   int64_t n_fft, hop, n_mels;
-  const float* window;   // [n_fft]
-  const float* twiddle;  // filled by log_mel_twiddles
+  const int32_t* column;  // [n_fft]: where sample n of frame 0 lies in columns
+  const float* window;    // [n_fft]
+  const float* twiddle;   // filled by log_mel_twiddles
   // filter m is the n_weights[m] values from weights + first_weight[m], for the bins from first_bin[m] on
   const int32_t *first_bin, *n_weights, *first_weight;
   const float* weights;

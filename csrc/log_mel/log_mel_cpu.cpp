@@ -1,5 +1,8 @@
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <memory>
+#include <mutex>
 #include <numbers>
 
 #include "check.h"
@@ -34,19 +37,23 @@ const float* twiddles(int64_t n_fft) {
   return (n_fft == 512 ? t512 : n_fft == 1024 ? t1024 : t2048).data();
 }
 
-// The dense filterbank [n_bins, n_mels] as its nonzero runs, and the window.
+// What the kernel reads of window [n_fft], filterbank [n_bins, n_mels] and hop: the filterbank as its nonzero runs.
 struct Tables {
-  std::vector<int32_t> first_bin, n_weights, first_weight;
-  std::vector<float> weights, window;
+  int64_t hop;
+  std::vector<float> window, fb;  // as given, to recognise them by
+  std::vector<int32_t> column, first_bin, n_weights, first_weight;
+  std::vector<float> weights, half_window;
 
-  Tables(const Tensor& window_tensor, const Tensor& fb) {
-    const int64_t n_fft = window_tensor.size(0), n_bins = fb.size(0), n_mels = fb.size(1);
-    const float* dense = fb.const_data_ptr<float>();
+  Tables(const Tensor& window_tensor, const Tensor& fb_tensor, int64_t hop)
+      : hop(hop),
+        window(window_tensor.const_data_ptr<float>(), window_tensor.const_data_ptr<float>() + window_tensor.numel()),
+        fb(fb_tensor.const_data_ptr<float>(), fb_tensor.const_data_ptr<float>() + fb_tensor.numel()) {
+    const int64_t n_fft = window_tensor.size(0), n_bins = fb_tensor.size(0), n_mels = fb_tensor.size(1);
     first_bin.assign(n_mels, 0);
     std::vector<int32_t> end(n_mels, 0);
     for (int64_t k = 0; k < n_bins; ++k) {
       for (int64_t m = 0; m < n_mels; ++m) {
-        if (dense[k * n_mels + m] == 0.0f) continue;
+        if (fb[k * n_mels + m] == 0.0f) continue;
         if (!end[m]) first_bin[m] = int32_t(k);
         end[m] = int32_t(k + 1);
       }
@@ -54,25 +61,49 @@ struct Tables {
     for (int64_t m = 0; m < n_mels; ++m) {
       n_weights.push_back(end[m] ? end[m] - first_bin[m] : 0);
       first_weight.push_back(int32_t(weights.size()));
-      for (int64_t k = first_bin[m]; k < end[m]; ++k) weights.push_back(dense[k * n_mels + m]);
+      for (int64_t k = first_bin[m]; k < end[m]; ++k) weights.push_back(fb[k * n_mels + m]);
     }
-    // the unpacking of the real transform halves every value: halve the window instead, which is exact
-    const float* w = window_tensor.const_data_ptr<float>();
-    for (int64_t i = 0; i < n_fft; ++i) window.push_back(0.5f * w[i]);
+    const int64_t n_columns = log_mel_columns(n_fft, hop);
+    for (int64_t n = 0; n < n_fft; ++n) {
+      column.push_back(int32_t(n % hop * n_columns + n / hop));
+      // the unpacking of the real transform halves every value: halve the window instead, which is exact
+      half_window.push_back(0.5f * window[n]);
+    }
   }
 
-  LogMelPlan plan(int64_t hop) const {
-    return {int64_t(window.size()),
-            hop,
-            int64_t(first_bin.size()),
-            window.data(),
-            twiddles(int64_t(window.size())),
-            first_bin.data(),
-            n_weights.data(),
-            first_weight.data(),
-            weights.data()};
+  bool made_from(const Tensor& window_tensor, const Tensor& fb_tensor, int64_t hop_length) const {
+    auto same = [](const std::vector<float>& a, const Tensor& b) {
+      return int64_t(a.size()) == b.numel() &&
+             !std::memcmp(a.data(), b.const_data_ptr<float>(), a.size() * sizeof(float));
+    };
+    return hop == hop_length && same(window, window_tensor) && same(fb, fb_tensor);
+  }
+
+  LogMelPlan plan() const {
+    return {int64_t(window.size()),    hop,
+            int64_t(first_bin.size()), column.data(),
+            half_window.data(),        twiddles(int64_t(window.size())),
+            first_bin.data(),          n_weights.data(),
+            first_weight.data(),       weights.data()};
   }
 };
+
+// The last tables are kept and recognised by their values, which takes a few microseconds; making them takes as long as
+// half a second of audio.
+std::shared_ptr<const Tables> tables_for(const Tensor& window, const Tensor& fb, int64_t hop) {
+  static std::mutex mutex;
+  static std::shared_ptr<const Tables> last;
+  std::shared_ptr<const Tables> found;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    found = last;
+  }
+  if (found && found->made_from(window, fb, hop)) return found;
+  found = std::make_shared<const Tables>(window, fb, hop);
+  const std::lock_guard<std::mutex> lock(mutex);
+  last = found;
+  return found;
+}
 
 float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
 
@@ -113,8 +144,8 @@ Tensor log_mel(const Tensor& waveform, const Tensor& window, const Tensor& fb, c
   const int64_t frames = samples / hop + 1;
   Tensor out = torch::stable::new_empty(waveform, {rows, n_mels, frames}, ScalarType::Float);
   if (rows == 0 || n_mels == 0) return out;
-  const Tables tables(window, fb);
-  const LogMelPlan plan = tables.plan(hop);
+  const auto tables = tables_for(window, fb, hop);
+  const LogMelPlan plan = tables->plan();
   const auto tile_kernel = ATST_SELECT_SIMD(log_mel_tile);
   const auto finish_kernel = ATST_SELECT_SIMD(log_mel_finish);
   const int64_t scratch_floats = ATST_SELECT_SIMD(log_mel_scratch_floats)(plan);

@@ -6,8 +6,9 @@
 //   `hop` values, transposed to columns[n % hop][l + n / hop], any (n, all frames) is one contiguous load. A tile of 32
 //   frames transposes each of its samples once, though each is used n_fft / hop (6.4) times.
 // - n_fft real samples are n_fft/2 complex ones (even + i odd). Points = R x 64 (R 4, 8 or 16): a radix-R pass over
-//   stride 64 takes window and transposed samples straight from L1, then each 64-point block (8 KiB) is two radix-8
-//   passes in place. Decimation in frequency, in place: the result of index k lies at `position(k)`.
+//   stride 64 takes window and transposed samples straight from L1, then each 64-point block is two radix-8 passes.
+//   Index k of the result is index k / R of block k % R, at `position` there. So the real transform's pairs, k and
+//   points - k, come from block r and block R - r alone: each such pair of blocks (16 KiB) becomes power while in L1.
 // - Work per 16 frames, n_fft 1024: about 17 k vector operations of FFT, 4 k to unpack and square, 1 k of mel, 1.3 k of
 //   logarithm. On two 512-bit pipes about 12 k cycles: 0.3 ms for the 1001 frames of 10 s at 2.6 GHz.
 // - float32 throughout; the rounding of an FFT of this length is about 1e-7 of the frame's largest amplitude, so bins
@@ -96,30 +97,32 @@ ATST_INLINE void fft(Complex* z) {
   if constexpr (R == 16) fft16(z);
 }
 
+// Vectors from one 64-point block to the next: two more than its 64 re and im, so that the blocks, which the first pass
+// writes side by side, do not all fall into the same sets of the cache.
+constexpr int64_t kBlock = 128 + 2;
+
 // Scratch of one thread, all of it rewritten for each tile.
 struct Scratch {
-  int64_t column_stride;
   float* samples;  // the tile's samples, padded to whole rows of hop
-  float* columns;  // [hop rounded up to 4][column_stride]
-  vf* z;           // [n_fft/2][re, im]
+  float* columns;  // [hop rounded up to kLanes][log_mel_columns]
+  vf* z;           // [R][kBlock]: after the first pass
+  vf* pair;        // [2][kBlock]: two finished blocks
   vf* power;       // [n_fft/2 + 1]
 };
 
-int64_t columns_of(const LogMelPlan& plan) {
-  const int64_t reach = (plan.n_fft + plan.hop - 1) / plan.hop;
-  return (kTileFrames + reach + 3) / 4 * 4;
-}
+int64_t aligned(int64_t floats, int64_t to = 16) { return (floats + to - 1) / to * to; }
 
-int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
+// Samples of a tile; the last row is read in whole vectors.
+int64_t samples_of(const LogMelPlan& plan) { return log_mel_columns(plan.n_fft, plan.hop) * plan.hop + kLanes; }
 
 Scratch carve(const LogMelPlan& plan, float* memory) {
   Scratch s;
-  s.column_stride = columns_of(plan);
+  const int64_t n_columns = log_mel_columns(plan.n_fft, plan.hop);
   s.samples = memory;
-  s.columns = s.samples + aligned(s.column_stride * plan.hop + 4);
-  float* z = s.columns + aligned(s.column_stride * ((plan.hop + 3) / 4 * 4));
-  s.z = reinterpret_cast<vf*>(z);
-  s.power = s.z + plan.n_fft;
+  s.columns = s.samples + aligned(samples_of(plan));
+  s.z = reinterpret_cast<vf*>(s.columns + aligned(n_columns * aligned(plan.hop, kLanes)));
+  s.pair = s.z + kBlock * (plan.n_fft / 128);
+  s.power = s.pair + 2 * kBlock;
   return s;
 }
 
@@ -150,22 +153,55 @@ void stage(const LogMelClip& clip, int64_t start, int64_t count, float* __restri
   }
 }
 
-// columns[r][c] = samples[c * hop + r], in blocks of 4 x 4
+// The rows of four vectors in each of their 128-bit parts, transposed: result i has element i of a, b, d and e.
+struct Quads {
+  vf v[4];
+};
+ATST_INLINE Quads transpose_quads(vf a, vf b, vf d, vf e) {
+#if defined(__AVX512F__)
+#  define ATST_LO32(x, y) __builtin_shufflevector(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#  define ATST_HI32(x, y) __builtin_shufflevector(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#  define ATST_LO64(x, y) __builtin_shufflevector(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#  define ATST_HI64(x, y) __builtin_shufflevector(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#elif defined(__AVX2__)
+#  define ATST_LO32(x, y) __builtin_shufflevector(x, y, 0, 8, 1, 9, 4, 12, 5, 13)
+#  define ATST_HI32(x, y) __builtin_shufflevector(x, y, 2, 10, 3, 11, 6, 14, 7, 15)
+#  define ATST_LO64(x, y) __builtin_shufflevector(x, y, 0, 1, 8, 9, 4, 5, 12, 13)
+#  define ATST_HI64(x, y) __builtin_shufflevector(x, y, 2, 3, 10, 11, 6, 7, 14, 15)
+#else
+#  define ATST_LO32(x, y) __builtin_shufflevector(x, y, 0, 4, 1, 5)
+#  define ATST_HI32(x, y) __builtin_shufflevector(x, y, 2, 6, 3, 7)
+#  define ATST_LO64(x, y) __builtin_shufflevector(x, y, 0, 1, 4, 5)
+#  define ATST_HI64(x, y) __builtin_shufflevector(x, y, 2, 3, 6, 7)
+#endif
+  const vf ab_lo = ATST_LO32(a, b), ab_hi = ATST_HI32(a, b), de_lo = ATST_LO32(d, e), de_hi = ATST_HI32(d, e);
+  return {{ATST_LO64(ab_lo, de_lo), ATST_HI64(ab_lo, de_lo), ATST_LO64(ab_hi, de_hi), ATST_HI64(ab_hi, de_hi)}};
+#undef ATST_LO32
+#undef ATST_HI32
+#undef ATST_LO64
+#undef ATST_HI64
+}
+
+template <int Part>
+ATST_INLINE void store_part(const Quads& q, float* to, int64_t stride) {
+  if constexpr (4 * Part < kLanes) {
+    for (int i = 0; i < 4; ++i)
+      *reinterpret_cast<v4_unaligned*>(to + i * stride) =
+          __builtin_shufflevector(q.v[i], q.v[i], 4 * Part, 4 * Part + 1, 4 * Part + 2, 4 * Part + 3);
+  }
+}
+
+// columns[r][c] = samples[c * hop + r], in blocks of kLanes rows and 4 columns
 void transpose(const float* __restrict samples, int64_t hop, int64_t n_columns, float* __restrict columns) {
-  for (int64_t r = 0; r < hop; r += 4) {
+  for (int64_t r = 0; r < hop; r += kLanes) {
     for (int64_t c = 0; c < n_columns; c += 4) {
       const float* from = samples + c * hop + r;
-      const v4 a = *reinterpret_cast<const v4_unaligned*>(from);
-      const v4 b = *reinterpret_cast<const v4_unaligned*>(from + hop);
-      const v4 d = *reinterpret_cast<const v4_unaligned*>(from + 2 * hop);
-      const v4 e = *reinterpret_cast<const v4_unaligned*>(from + 3 * hop);
-      const v4 ab_lo = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_hi = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const v4 de_lo = __builtin_shufflevector(d, e, 0, 4, 1, 5), de_hi = __builtin_shufflevector(d, e, 2, 6, 3, 7);
+      const Quads q = transpose_quads(load(from), load(from + hop), load(from + 2 * hop), load(from + 3 * hop));
       float* to = columns + r * n_columns + c;
-      *reinterpret_cast<v4_unaligned*>(to) = __builtin_shufflevector(ab_lo, de_lo, 0, 1, 4, 5);
-      *reinterpret_cast<v4_unaligned*>(to + n_columns) = __builtin_shufflevector(ab_lo, de_lo, 2, 3, 6, 7);
-      *reinterpret_cast<v4_unaligned*>(to + 2 * n_columns) = __builtin_shufflevector(ab_hi, de_hi, 0, 1, 4, 5);
-      *reinterpret_cast<v4_unaligned*>(to + 3 * n_columns) = __builtin_shufflevector(ab_hi, de_hi, 2, 3, 6, 7);
+      store_part<0>(q, to, n_columns);
+      store_part<1>(q, to + 4 * n_columns, n_columns);
+      store_part<2>(q, to + 8 * n_columns, n_columns);
+      store_part<3>(q, to + 12 * n_columns, n_columns);
     }
   }
 }
@@ -173,38 +209,28 @@ void transpose(const float* __restrict samples, int64_t hop, int64_t n_columns, 
 // First pass: window, radix R over stride 64, twiddles. `lane0` is the first frame of this group within the tile.
 template <int R>
 void first_pass(const LogMelPlan& plan, const Scratch& s, int64_t lane0) {
-  const int64_t hop = plan.hop, stride = s.column_stride;
-  // row and column of sample 2 (j + 64 q), advanced by 2 with j
-  int64_t row[R], column[R];
-  for (int q = 0; q < R; ++q) {
-    row[q] = (128 * q) % hop;
-    column[q] = (128 * q) / hop + lane0;
-  }
+  const float* columns = s.columns + lane0;
   for (int64_t j = 0; j < 64; ++j) {
     Complex z[R];
     for (int q = 0; q < R; ++q) {
-      const float* w = plan.window + 2 * (j + 64 * q);
-      z[q].re = load(s.columns + row[q] * stride + column[q]) * w[0];
-      if (++row[q] == hop) row[q] = 0, ++column[q];
-      z[q].im = load(s.columns + row[q] * stride + column[q]) * w[1];
-      if (++row[q] == hop) row[q] = 0, ++column[q];
+      const int64_t n = 2 * (j + 64 * q);
+      z[q].re = load(columns + plan.column[n]) * plan.window[n];
+      z[q].im = load(columns + plan.column[n + 1]) * plan.window[n + 1];
     }
     fft<R>(z);
     const float* t = plan.twiddle + 2 * R * j;
-    s.z[2 * j] = z[0].re;
-    s.z[2 * j + 1] = z[0].im;
-    for (int r = 1; r < R; ++r) {
-      const Complex y = times(z[r], t[2 * r], t[2 * r + 1]);
-      s.z[2 * (64 * r + j)] = y.re;
-      s.z[2 * (64 * r + j) + 1] = y.im;
+    for (int r = 0; r < R; ++r) {
+      const Complex y = r ? times(z[r], t[2 * r], t[2 * r + 1]) : z[0];
+      s.z[kBlock * r + 2 * j] = y.re;
+      s.z[kBlock * r + 2 * j + 1] = y.im;
     }
   }
 }
 
-void fft64(vf* block, const float* twiddle) {
+void fft64(const vf* __restrict from, const float* twiddle, vf* __restrict block) {
   for (int j = 0; j < 8; ++j) {
     Complex z[8];
-    for (int q = 0; q < 8; ++q) z[q] = {block[2 * (j + 8 * q)], block[2 * (j + 8 * q) + 1]};
+    for (int q = 0; q < 8; ++q) z[q] = {from[2 * (j + 8 * q)], from[2 * (j + 8 * q) + 1]};
     fft8<1>(z);
     for (int r = 0; r < 8; ++r) {
       if (r) z[r] = times(z[r], twiddle[2 * (8 * j + r)], twiddle[2 * (8 * j + r) + 1]);
@@ -223,34 +249,40 @@ void fft64(vf* block, const float* twiddle) {
   }
 }
 
-template <int R>
-ATST_INLINE int64_t position(int64_t k) {
-  const int64_t block = k % R, k2 = k / R;
-  return 64 * block + 8 * (k2 % 8) + k2 / 8;
-}
+// Where fft64 leaves index k.
+ATST_INLINE int64_t position(int64_t k) { return 8 * (k % 8) + k / 8; }
 
 // X[k] = E + W^k O and X[points - k] = conj(E - W^k O), where 2 E and 2 i O are sum and difference of Z[k] and
-// conj Z[points - k]; the factor 1/2 is folded into the window by the boundary.
+// conj Z[points - k]; the factor 1/2 is folded into the window by the boundary. Here a holds Z[k] for k = r + R i, and
+// b the Z[points - k], at index (r ? 63 : 64) - i.
 template <int R>
-void unpack_power(const LogMelPlan& plan, const Scratch& s) {
+void unpack_power(const LogMelPlan& plan, int64_t r, const vf* a_block, const vf* b_block, vf* power) {
   constexpr int64_t points = 64 * R;
   const float* w = plan.twiddle + 2 * points + 2 * 64;
-  for (int64_t k = 0; k <= points / 2; ++k) {
-    const vf* a = s.z + 2 * position<R>(k);
-    const vf* b = s.z + 2 * position<R>((points - k) % points);
+  for (int64_t i = 0; i < (r ? 32 : 33); ++i) {
+    const int64_t k = r + R * i;
+    const vf* a = a_block + 2 * position(i);
+    const vf* b = b_block + 2 * position(r ? 63 - i : (64 - i) % 64);
     const Complex even = {a[0] + b[0], a[1] - b[1]};
     const Complex odd = times({a[1] + b[1], b[0] - a[0]}, w[2 * k], w[2 * k + 1]);
     const Complex x = even + odd, y = even - odd;
-    s.power[k] = x.re * x.re + x.im * x.im;
-    s.power[points - k] = y.re * y.re + y.im * y.im;
+    power[k] = x.re * x.re + x.im * x.im;
+    power[points - k] = y.re * y.re + y.im * y.im;
   }
 }
 
 template <int R>
 void spectrum(const LogMelPlan& plan, const Scratch& s, int64_t lane0) {
   first_pass<R>(plan, s, lane0);
-  for (int64_t block = 0; block < R; ++block) fft64(s.z + 128 * block, plan.twiddle + 128 * R);
-  unpack_power<R>(plan, s);
+  const float* twiddle = plan.twiddle + 128 * R;
+  vf *a = s.pair, *b = s.pair + kBlock;
+  for (int64_t r = 0; r <= R / 2; ++r) {
+    const bool alone = r == 0 || r == R / 2;
+    fft64(s.z + kBlock * r, twiddle, a);
+    if (!alone) fft64(s.z + kBlock * (R - r), twiddle, b);
+    unpack_power<R>(plan, r, a, alone ? a : b, s.power);
+    if (!alone) unpack_power<R>(plan, R - r, b, a, s.power);
+  }
 }
 
 ATST_INLINE vf decibels(const LogMelPlan& plan, const vf* power, int64_t m) {
@@ -268,16 +300,20 @@ ATST_INLINE vf decibels(const LogMelPlan& plan, const vf* power, int64_t m) {
 }  // namespace
 
 int64_t log_mel_scratch_floats(const LogMelPlan& plan) {
-  const int64_t stride = columns_of(plan);
-  return aligned(stride * plan.hop + 4) + aligned(stride * ((plan.hop + 3) / 4 * 4)) +
-         kLanes * (2 * plan.n_fft + plan.n_fft / 2 + 2);
+  return aligned(samples_of(plan)) + aligned(log_mel_columns(plan.n_fft, plan.hop) * aligned(plan.hop, kLanes)) +
+         kLanes * (kBlock * (plan.n_fft / 128 + 2) + plan.n_fft / 2 + 1);
 }
 
 float log_mel_tile(const LogMelPlan& plan, const LogMelClip& clip, int64_t tile, float* memory) {
   const Scratch s = carve(plan, memory);
   const int64_t t0 = tile * kTileFrames;
-  stage(clip, t0 * plan.hop - plan.n_fft / 2, s.column_stride * plan.hop + 4, s.samples);
-  transpose(s.samples, plan.hop, s.column_stride, s.columns);
+  const int64_t start = t0 * plan.hop - plan.n_fft / 2, count = samples_of(plan);
+  const float* samples = s.samples;
+  if (!clip.is_int16 && start >= 0 && start + count <= clip.samples)
+    samples = static_cast<const float*>(clip.wave) + start;
+  else
+    stage(clip, start, count, s.samples);
+  transpose(samples, plan.hop, log_mel_columns(plan.n_fft, plan.hop), s.columns);
   vf lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   const vf none = splat(-__builtin_inff());
