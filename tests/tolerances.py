@@ -63,3 +63,5 @@ GOLDEN_STEP_ATOL = 5e-7  # weights up to 1 after five steps; the reference itsel
 # A clip alone or padded in a batch: float32 matrix products of other shapes add in another order, and two blocks of
 # residual sums and layer norms of size 1 pass it on.
 CHUNKED_FEATURES = 2e-5
+# Mel to its own tolerance (in quiet triangles), then mixed and resampled with weights of up to 1.2 in sum 1.4.
+FRONT_END = 5e-5
