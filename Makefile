@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
 DATA ?= demo_data
+RECIPE ?= --arch tiny --batch-size 32 --clip-seconds 2 --steps 1000 --lr 4e-3 --momentum 0.99 --hidden 1024 --bank-size 512
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
@@ -38,6 +39,16 @@ env: $(VENV)/.ready
 build: env
 	@echo "== build"
 	@$(PY) setup.py -q build_ext --inplace
+
+# A small encoder for some minutes, so that two cores finish all of it in a quarter of an hour; every step that is
+# already done is skipped or continued when the target is repeated.
+pretrain: build
+	@echo "== demo audio: $(DATA)"
+	@$(BIN)/atst-fast demo-data --out $(DATA)
+	@echo "== pretraining ATST-Frame: $(RUN)"
+	@$(BIN)/atst-fast pretrain --data $(DATA)/pretrain --out $(RUN) $(RECIPE)
+	@echo "== probing what it learned"
+	@$(BIN)/atst-fast probe --run $(RUN) --data $(DATA)
 
 test: build
 	@echo "== tests"
