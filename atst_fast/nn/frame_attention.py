@@ -1,5 +1,7 @@
 """Multi-head self-attention over tokens: the parameters of ``ops.frame_attention``."""
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,7 +43,7 @@ class FrameAttention(nn.Module):
         x: Tensor,
         length: Tensor | None = None,
         *,
-        padded_queries: str = "attend",
+        padded_queries: Literal["zero", "attend"] = "attend",
         select: Selection | None = None,
     ) -> Tensor:
         """Tokens ``[B, L, D]`` to ``[B, L, D]``, or to ``[M, D]`` for the selected ones only.

@@ -39,8 +39,8 @@ class LogMelSpectrogram(nn.Module):
         """``[..., N]`` float32 or int16 to ``[..., n_mels, T]``; per-clip floors need ``[B, 1, N]`` or ``lengths``."""
         return log_mel_with(
             waveform,
-            self.spectrogram.window,
-            self.mel_scale.fb,
+            self._window,
+            self._fb,
             self.hop_length,
             top_db=self.top_db,
             minmax=self.minmax,
@@ -48,11 +48,19 @@ class LogMelSpectrogram(nn.Module):
             dtype=self.dtype,
         )
 
+    @property
+    def _window(self) -> Tensor:
+        return self.spectrogram.get_buffer("window")
+
+    @property
+    def _fb(self) -> Tensor:
+        return self.mel_scale.get_buffer("fb")
+
     def _apply(self, fn, recurse=True):
-        window, fb = self.spectrogram.window, self.mel_scale.fb
+        window, fb = self._window, self._fb
         super()._apply(fn, recurse)
-        if self.spectrogram.window.dtype != torch.float32:
-            device = self.spectrogram.window.device
+        device = self._window.device
+        if self._window.dtype != torch.float32:
             self.spectrogram.window, self.mel_scale.fb = window.to(device), fb.to(device)
         return self
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 try:
-    from atst_fast import _C  # type: ignore[attr-defined]
+    import atst_fast._C as _C
 except ImportError as error:
     raise ImportError(
         "atst_fast: its compiled extension atst_fast._C cannot be loaded; build it with `make` or "

@@ -125,11 +125,10 @@ def draw_augment(
             w = min(max(int(_between(time_scale, u_time) * frames), 1), canvas[1])
             box = (int(u_bin * (canvas[0] - h + 1)), int(u_frame * (canvas[1] - w + 1)), h, w)
         crop.append(box)
-    index = {"dtype": torch.int64}
-    boxes = torch.tensor(crop, **index).reshape(clips, 4)
+    boxes = torch.tensor(crop, dtype=torch.int64).reshape(clips, 4)
     return AugmentDraws(
-        torch.tensor(partner, **index),
-        torch.tensor(start, **index),
+        torch.tensor(partner, dtype=torch.int64),
+        torch.tensor(start, dtype=torch.int64),
         torch.tensor(alpha, dtype=torch.float32),
         boxes,
         canvas,
@@ -186,9 +185,12 @@ def _view(mel: Tensor, draws: AugmentDraws, bank: MemoryBank | None) -> Tensor:
         lengths = draws.partner[:0]
     else:
         mels, lengths, partner = bank.mels, bank.lengths, draws.partner
-    device = {"device": mel.device, "non_blocking": True}
-    per_clip = (x.to(**device) for x in (partner, draws.start, draws.alpha, draws.crop.contiguous()))
-    return torch.ops.atst_fast.augment(mel, mels, lengths.to(**device), *per_clip, list(draws.canvas))
+
+    def near(x: Tensor) -> Tensor:
+        return x.to(mel.device, non_blocking=True)
+
+    per_clip = map(near, (partner, draws.start, draws.alpha, draws.crop.contiguous()))
+    return torch.ops.atst_fast.augment(mel, mels, near(lengths), *per_clip, list(draws.canvas))
 
 
 def _check_draws(mel: Tensor, draws: AugmentDraws, bank: MemoryBank | None) -> None:

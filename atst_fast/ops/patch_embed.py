@@ -1,5 +1,7 @@
 """Spectrogram to tokens: patches, linear layer, mask token and position in one operator."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -76,7 +78,7 @@ def patch_embed(
     return out.to(mel.dtype)
 
 
-def _float(x: Tensor | None) -> Tensor | None:
+def _float(x: Any) -> Any:
     return None if x is None else x.float().contiguous()
 
 

@@ -1,5 +1,7 @@
 """Log-mixup-exp and random resize crop, one clip at a time."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +20,7 @@ def log_mixup_exp(x: Tensor, z: Tensor, alpha: float | Tensor, start: int = 0) -
     return torch.log(torch.cat(parts, -1) + EPS)
 
 
-def resize_crop(x: Tensor, crop: tuple[int, int, int, int], canvas: tuple[int, int]) -> Tensor:
+def resize_crop(x: Tensor, crop: Sequence[int], canvas: tuple[int, int]) -> Tensor:
     """``[F, T]``: laid into the middle of a canvas of zeros, cut to (first bin, first frame, height, width), resized to
     ``[F, T]``, bicubic with aligned corners. Source: audiossl/transforms/byol_a.py (RandomResizeCrop)."""
     bins, frames = x.shape
@@ -49,5 +51,5 @@ def augment(
             x = log_mixup_exp(x, mel[who - len(widths), 0], weights[b])
         elif who >= 0:
             x = log_mixup_exp(x, bank[who, :, : widths[who]].to(x.dtype), weights[b], starts[b])
-        views.append(resize_crop(x, tuple(box), tuple(canvas))[None])
+        views.append(resize_crop(x, box, (canvas[0], canvas[1]))[None])
     return torch.cat(views)[:, None]

@@ -51,7 +51,10 @@ def frame_attention_packed_backward(
     grad, q, kv, out, lse, cu_seqlens_q, cu_seqlens_k, num_heads, scale
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``q`` and ``kv`` by way of the forward."""
-    return _vjp(lambda a, b: frame_attention_packed(a, b, cu_seqlens_q, cu_seqlens_k, num_heads, scale)[0], grad, q, kv)
+    grad_q, grad_kv = _vjp(
+        lambda a, b: frame_attention_packed(a, b, cu_seqlens_q, cu_seqlens_k, num_heads, scale)[0], grad, q, kv
+    )
+    return grad_q, grad_kv
 
 
 def _vjp(function, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ def patch_embed(
     """``[B, 1, F, T]`` to ``[B, L, D]``: ``weight [D, ph*pw]``, tokens under ``mask [B, L]`` replaced by ``mask_embed
     [D]``, then ``pos_embed [L', D]`` (its first L rows) added."""
     tokens = F.linear(patches(mel, patch, stride), weight, bias)
-    if mask is not None:
+    if mask is not None and mask_embed is not None:
         tokens = torch.where(mask[:, :, None], mask_embed.to(tokens.dtype), tokens)
     if pos_embed is not None:
         tokens = tokens + pos_embed[: tokens.shape[1]]

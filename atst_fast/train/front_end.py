@@ -48,7 +48,7 @@ class FrontEnd(nn.Module):
         super().__init__()
         self.log_mel = LogMelSpectrogram(sample_rate=sample_rate, n_mels=n_mels, win_length=win_length)
         self.patch_width = patch_width
-        self.mask = {"mask_ratio": mask_ratio, "mask_len": mask_len, "mask_type": mask_type}
+        self.mask_ratio, self.mask_len, self.mask_type = mask_ratio, mask_len, mask_type
         self.augmented = (aug_tea, aug_stu)
         self.freq_scale = (0.6, 1.5) if freq_warp else None
         self.banks = [MemoryBank(bank_size) if on and mixup else None for on in self.augmented]
@@ -60,7 +60,14 @@ class FrontEnd(nn.Module):
         all frames count as valid."""
         mel = self.log_mel(waveform[:, None])
         clips, _, _, frames = mel.shape
-        mask = block_mask(clips, frames // self.patch_width, **self.mask, generator=self.generator)
+        mask = block_mask(
+            clips,
+            frames // self.patch_width,
+            mask_ratio=self.mask_ratio,
+            mask_len=self.mask_len,
+            mask_type=self.mask_type,
+            generator=self.generator,
+        )
         draws = [
             draw_augment(mel.shape, bank, self.generator, freq_scale=self.freq_scale) if on else None
             for on, bank in zip(self.augmented, self.banks)
