@@ -19,6 +19,12 @@ STABLE_TORCH_LIBRARY(atst_fast, m) {
   m.def("frame_attention_packed(Tensor q, Tensor kv, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int num_heads, float scale) -> (Tensor out, Tensor lse)");
   m.def("frame_attention_packed_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int num_heads, float scale) -> (Tensor, Tensor)");
 
+  // epilogue
+  m.def("bias_gelu(Tensor h, Tensor bias) -> Tensor");
+  m.def("bias_gelu_backward(Tensor grad, Tensor h, Tensor bias) -> (Tensor, Tensor)");
+  m.def("add_branch(Tensor x, Tensor y, Tensor bias, float alpha, Tensor? kept) -> Tensor");
+  m.def("add_branch_backward(Tensor grad, float alpha, Tensor? kept) -> (Tensor, Tensor)");
+
   // ema
   m.def("ema_update_(Tensor(a!)[] teacher, Tensor[] student, Tensor momentum) -> ()");
   m.def("adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "

@@ -31,6 +31,15 @@ ATTENTION_GRADIENT = 1e-5
 # Scores near 5,000 carry an error of 2^-12, and so do the weights.
 ATTENTION_LARGE = 1e-3
 
+# epilogue
+# GELU: the polynomial, the exponential and its argument are a few roundings; torch's own float32 GELU has 4e-7. Its
+# derivative ends in a sum of two terms of up to z times that size.
+BIAS_GELU = 4e-7
+BIAS_GELU_DERIVATIVE = 2e-6
+ADD_BRANCH = 3e-7  # three roundings
+# Sums over rows in float32, of up to 500 terms of both signs, relative to the sum of their sizes.
+ROW_SUM = 1e-6
+
 # ema
 # teacher + (1 - momentum) * (student - teacher): the difference, the product and the sum are rounded, half a unit each.
 EMA_ULPS = 1.5

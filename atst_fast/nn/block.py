@@ -1,8 +1,12 @@
 """A pre-norm transformer block with stochastic depth."""
 
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from atst_fast import ops
 from atst_fast.nn.frame_attention import FrameAttention
 from atst_fast.nn.mlp import Mlp
 from atst_fast.nn.selection import Selection, take
@@ -33,7 +37,7 @@ class Block(nn.Module):
         super().__init__()
         if not 0.0 <= drop_path < 1.0:
             raise ValueError(f"Block: drop_path must be in [0, 1), got {drop_path}")
-        self.drop_path = drop_path
+        self.drop, self.drop_path = drop, drop_path
         self.norm1 = norm_layer(dim)
         self.attn = FrameAttention(dim, num_heads, qkv_bias, qk_scale, attn_drop, drop)
         self.norm2 = norm_layer(dim)
@@ -44,7 +48,7 @@ class Block(nn.Module):
         x: Tensor,
         length: Tensor | None = None,
         *,
-        padded_queries: str = "attend",
+        padded_queries: Literal["zero", "attend"] = "attend",
         select: Selection | None = None,
         draws: Tensor | None = None,
     ) -> Tensor:
@@ -54,21 +58,21 @@ class Block(nn.Module):
         floor(1 - drop_path + draw) is 1. Drawn from the CPU generator when left out, whatever the device of ``x``.
         """
         kept_attn, kept_mlp = self._kept(len(x), draws)
+        entering = self.norm1(take(x, kept_attn))
         if select is None:
             length = None if length is None else take(length, kept_attn)
-            y = self.attn(self.norm1(take(x, kept_attn)), length, padded_queries=padded_queries)
-            x = self._add(x, kept_attn, y)
-            return self._add(x, kept_mlp, self.mlp(self.norm2(take(x, kept_mlp))))
-        # the same on the selected rows only; everything of the kept samples is read as keys and values
-        rows_attn = rows_mlp = None
-        sub = select
-        if kept_attn is not None:
-            sub, rows_attn = select.samples(kept_attn)
-        if kept_mlp is not None:
-            _, rows_mlp = select.samples(kept_mlp)
-        y = self.attn(self.norm1(take(x, kept_attn)), select=sub)
-        x = self._add(take(x.flatten(0, 1), select.queries), rows_attn, y)
-        return self._add(x, rows_mlp, self.mlp(self.norm2(take(x, rows_mlp))))
+            mixed = self.attn.mix(entering, length, padded_queries=padded_queries)
+        else:
+            # From here on, the selected rows only. All rows of the kept samples were needed as keys and values.
+            x = take(x.flatten(0, 1), select.queries)
+            remaining = select
+            if kept_attn is not None:
+                remaining, kept_attn = select.samples(kept_attn)
+            if kept_mlp is not None:
+                kept_mlp = select.samples(kept_mlp)[1]
+            mixed = self.attn.mix(entering, select=remaining)
+        x = self._add(x, kept_attn, mixed, self.attn.proj)
+        return self._add(x, kept_mlp, self.mlp.hidden(self.norm2(take(x, kept_mlp))), self.mlp.fc2)
 
     def _kept(self, batch: int, draws: Tensor | None) -> list[Tensor | None]:
         """The samples that keep each branch, ascending; None: all."""
@@ -79,13 +83,15 @@ class Block(nn.Module):
         keep = (1 - self.drop_path + draws).floor() > 0
         return [None if k.all() else k.nonzero().squeeze(1) for k in keep]
 
-    def _add(self, x: Tensor, kept: Tensor | None, y: Tensor) -> Tensor:
+    def _add(self, x: Tensor, kept: Tensor | None, hidden: Tensor, last: nn.Linear) -> Tensor:
+        """x with the branch that ends in ``last(hidden)``."""
         # Where nothing is kept, the branch still ran on no samples: its parameters get gradients of zero, as they must,
         # because an optimizer decays what has a gradient and skips what has none.
         alpha = 1 / (1 - self.drop_path) if self.training else 1.0
-        if kept is None:
-            return torch.add(x, y, alpha=alpha)
-        return x.index_add(0, kept.to(x.device, non_blocking=True), y.to(x.dtype), alpha=alpha)
+        kept = None if kept is None else kept.to(x.device, non_blocking=True)
+        if self.drop and self.training:
+            return ops.add_branch(x, F.dropout(last(hidden), self.drop), last.bias * 0, alpha=alpha, kept=kept)
+        return ops.add_branch(x, F.linear(hidden, last.weight), last.bias, alpha=alpha, kept=kept)
 
     def extra_repr(self) -> str:
         return f"drop_path={self.drop_path:.3g}" if self.drop_path else ""

@@ -51,15 +51,22 @@ class FrameAttention(nn.Module):
         ``length`` int64 ``[B]``: valid tokens, the keys that are read. ``padded_queries="attend"`` computes the rows
         past it as audiossl's additive mask does, ``"zero"`` skips them. With ``select``, ``length`` is taken from it.
         """
+        return self.proj_drop(self.proj(self.mix(x, length, padded_queries=padded_queries, select=select)))
+
+    def mix(
+        self,
+        x: Tensor,
+        length: Tensor | None = None,
+        *,
+        padded_queries: Literal["zero", "attend"] = "attend",
+        select: Selection | None = None,
+    ) -> Tensor:
+        """What ``proj`` reads: the heads side by side. Arguments and shapes as ``forward``."""
         if select is None:
-            y = ops.frame_attention(
+            return ops.frame_attention(
                 self.qkv(x), self.num_heads, lengths=length, scale=self.scale, padded_queries=padded_queries
             )
-        else:
-            y = self._selected(x.flatten(0, 1), select)
-        return self.proj_drop(self.proj(y))
-
-    def _selected(self, x: Tensor, select: Selection) -> Tensor:
+        x = x.flatten(0, 1)
         parts = [x.shape[1], 2 * x.shape[1]]
         weight_q, weight_kv = self.qkv.weight.split(parts)
         bias_q, bias_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split(parts)

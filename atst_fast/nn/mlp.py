@@ -1,6 +1,9 @@
 """The feed-forward part of a block."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from atst_fast import ops
 
 
 class Mlp(nn.Module):
@@ -27,4 +30,10 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return self.drop(self.fc2(self.hidden(x)))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What ``fc2`` reads, ``[..., hidden_features]``."""
+        if isinstance(self.act, nn.GELU) and self.act.approximate == "none":
+            return self.drop(ops.bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
+        return self.drop(self.act(self.fc1(x)))

@@ -98,7 +98,7 @@ def test_parameters_of_a_branch_that_everyone_dropped_get_gradients_of_zero(sele
 def test_dropped_samples_cost_nothing(monkeypatch):
     block = Block(24, 3, drop_path=0.5)
     seen = []
-    monkeypatch.setattr(block.mlp, "forward", lambda h: seen.append(len(h)) or h)
+    monkeypatch.setattr(block.mlp, "hidden", lambda h: seen.append(len(h)) or h.repeat(1, 1, 4))
     block(torch.randn(4, 5, 24), draws=torch.tensor([[0.9] * 4, [0.9, 0.1, 0.2, 0.9]]))
     assert seen == [2]
 
@@ -154,6 +154,17 @@ def test_keys_and_pickle():
     again = pickle.loads(pickle.dumps(block)).eval()
     x = torch.randn(2, 3, 48)
     assert torch.equal(again(x), block.eval()(x))
+
+
+def test_dropout():
+    torch.manual_seed(1)
+    block, x = Block(48, 3, drop=0.5), torch.randn(2, 3, 48)
+    assert torch.equal(block.eval()(x), block(x))
+    block.train()
+    y = block(x)
+    assert not torch.equal(y, block(x))
+    y.sum().backward()
+    assert all(p.grad is not None for p in block.parameters())
 
 
 def test_mlp_takes_the_arguments_of_its_model():

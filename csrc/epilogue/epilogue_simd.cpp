@@ -1,0 +1,133 @@
+// Elementwise passes over [rows, dim] after a matrix product, each one read and one write of every value.
+//
+//   bias_gelu:   out = z Phi(z), z = h + bias;             dh = grad (Phi(z) + z phi(z)),  dbias = sum of dh over rows
+//   add_branch:  out = x + alpha (y + bias);               dy = alpha grad,                dbias = sum of dy over rows
+//
+// Phi, the normal distribution function, is 0.5 erfc(-z / sqrt 2). With t = 1 / (1 + 0.38 |z| / sqrt 2), its lower tail
+// Phi(-|z|) is exp(-z^2 / 2) t P(t): what is left after the exponential is so smooth in t that a polynomial of degree 8
+// (a minimax fit) is within 2e-8 of it, relative, for every z whose tail float32 can hold. The exponential is the
+// density phi as well, so the gradient needs no second one. Bytes: 8 per value forward, 12 backward.
+#include "../simd.h"
+#include "epilogue.h"
+
+namespace atst::ATST_ISA {
+namespace {
+
+struct Normal {
+  vf distribution, density;
+};
+
+// 1 / x for 1 <= x < 2^100: an estimate of 14 bits and one Newton step, which is faster than dividing.
+ATST_INLINE vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+  const vf y = __builtin_ia32_rcp14ps512_mask(x, x, -1);
+  return y * (2.0f - x * y);
+#else
+  return 1.0f / x;
+#endif
+}
+
+// e^(-z^2 / 2), 0 where that is below 2^-126: 2^n 2^r, the power of two by adding n to the exponent. NaN stays NaN.
+ATST_INLINE vf bell(vf z) {
+  const vf t = z * z * -0.721347520f;   // the power of 2
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: the low bits of the sum are the nearest integer
+  const vf clamped = t < -126.0f ? splat(-126.0f) : t;
+  const vf shifted = clamped + magic;
+  const vf r = clamped - (shifted - magic);
+  vf p = splat(1.534581243e-04f);
+  p = p * r + 1.339993090e-03f;
+  p = p * r + 9.618489072e-03f;
+  p = p * r + 5.550328642e-02f;
+  p = p * r + 2.402264625e-01f;
+  p = p * r + 6.931471825e-01f;
+  p = p * r + 1.0f;
+  p = bits_as_float(float_as_bits(p) + (float_as_bits(shifted) << 23));
+  return t < -126.0f ? vf{} : p;
+}
+
+ATST_INLINE Normal normal(vf z) {
+  const vf magnitude = bits_as_float(float_as_bits(z) & 0x7fffffff);
+  const vf t = reciprocal(1.0f + magnitude * 0.268700577f);
+  vf p = splat(2.943704464e-02f);
+  p = p * t - 1.309046000e-01f;
+  p = p * t + 1.814183742e-01f;
+  p = p * t - 8.011057228e-02f;
+  p = p * t + 1.145584956e-01f;
+  p = p * t + 6.953150034e-02f;
+  p = p * t + 1.018965989e-01f;
+  p = p * t + 1.069682389e-01f;
+  p = p * t + 1.072049364e-01f;
+  const vf e = bell(z);
+  const vf tail = e * (t * p);
+  return {z > 0.0f ? 1.0f - tail : tail, e * 0.398942280f};
+}
+
+ATST_INLINE vf load(const float* p, int n) {
+  if (n == kLanes) return load(p);
+  float v[kLanes] = {};
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return load(v);
+}
+
+ATST_INLINE void store(float* p, vf x, int n) {
+  if (n == kLanes) return store(p, x);
+  float v[kLanes];
+  store(v, x);
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+
+// f(i, n) for every piece of n = kLanes values, and once more for the n < kLanes that are left.
+template <class F>
+ATST_INLINE void for_lanes(int64_t dim, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= dim; i += kLanes) f(i, kLanes);
+  if (i < dim) f(i, static_cast<int>(dim - i));
+}
+
+#define ATST_EACH [&](int64_t i, int n) __attribute__((always_inline))
+
+}  // namespace
+
+void bias_gelu(const float* h, const float* bias, float* out, int64_t rows, int64_t dim) {
+  for (int64_t r = 0; r < rows; ++r, h += dim, out += dim)
+    for_lanes(
+        dim, ATST_EACH {
+          const vf z = load(h + i, n) + load(bias + i, n);
+          store(out + i, z * normal(z).distribution, n);
+        });
+}
+
+void bias_gelu_backward(const float* grad, const float* h, const float* bias, float* dh, float* dbias, int64_t rows,
+                        int64_t dim) {
+  for (int64_t r = 0; r < rows; ++r, h += dim, grad += dim, dh += dim)
+    for_lanes(
+        dim, ATST_EACH {
+          const vf z = load(h + i, n) + load(bias + i, n);
+          const Normal f = normal(z);
+          const vf d = load(grad + i, n) * (f.distribution + z * f.density);
+          store(dh + i, d, n);
+          store(dbias + i, load(dbias + i, n) + d, n);
+        });
+}
+
+void add_branch(const float* x, const float* y, const float* bias, float alpha, float* out, int64_t rows, int64_t dim) {
+  for (int64_t r = 0; r < rows; ++r, x += dim, y += dim, out += dim)
+    for_lanes(dim, ATST_EACH { store(out + i, load(x + i, n) + (load(y + i, n) + load(bias + i, n)) * alpha, n); });
+}
+
+void add_branch_backward(const float* grad, float alpha, float* dy, float* dbias, int64_t rows, int64_t dim) {
+  for (int64_t r = 0; r < rows; ++r, grad += dim, dy += dim)
+    for_lanes(
+        dim, ATST_EACH {
+          const vf d = load(grad + i, n) * alpha;
+          store(dy + i, d, n);
+          store(dbias + i, load(dbias + i, n) + d, n);
+        });
+}
+
+void add_rows(const float* from, float* sum, int64_t rows, int64_t dim) {
+  for (int64_t r = 0; r < rows; ++r, from += dim)
+    for_lanes(dim, ATST_EACH { store(sum + i, load(sum + i, n) + load(from + i, n), n); });
+}
+
+}  // namespace atst::ATST_ISA
