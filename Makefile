@@ -52,11 +52,11 @@ pretrain: build
 
 test: build
 	@echo "== tests"
-	$(PY) -m pytest -m "not long" --durations=5
+	$(PY) -m pytest tests benchmarks -m "not long" --durations=5
 
 test-all: build
 	@echo "== all tests"
-	$(PY) -m pytest --durations=15
+	$(PY) -m pytest tests benchmarks --durations=15
 	$(MAKE) sanitize
 
 # The whole package again under build/sanitize, its extension with both sanitizers; the interpreter itself has none,
@@ -68,7 +68,7 @@ sanitize: build
 		$(PY) setup.py -q build_py --build-lib build/sanitize build_ext --build-lib build/sanitize --build-temp build/sanitize-objects
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize:. \
-		$(BIN)/pytest --import-mode=importlib tests/ops tests/test_optim.py -m "not long"
+		$(BIN)/pytest --import-mode=importlib tests/ops tests/nn tests/test_optim.py -m "not long"
 
 lint: env
 	$(PIP) install -q -e ".[lint]" --no-build-isolation
@@ -83,6 +83,7 @@ format: env
 
 bench: build
 	$(PY) -m pytest benchmarks --benchmark-enable
+	$(PY) -m benchmarks.plot
 
 clean:
 	rm -rf build atst_fast/_C.*.so *.egg-info
