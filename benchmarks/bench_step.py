@@ -1,7 +1,8 @@
 """One training step of ATST-Frame: ours beside the structure of the official code (official.py).
 
 Both start from the same weights and see 10 s clips with the same masks. A step is forward, backward, AdamW
-(HuggingFace's form) and the teacher update. tests/models/test_atst_frame.py holds both to the same numbers.
+(HuggingFace's form) and the teacher update; in the second group it starts at the waveforms, which the official
+structure takes clip by clip. tests/models/test_atst_frame.py holds both to the same numbers.
 """
 
 import gc
@@ -11,7 +12,8 @@ import torch
 
 from atst_fast.models import ARCHS, ATSTFrame
 from atst_fast.optim import AdamWEMA, param_groups
-from benchmarks import official
+from atst_fast.train.front_end import FrontEnd
+from benchmarks import official, official_front_end
 
 # sizes of the encoder, clips, frames, widths of the heads
 SIZES = {
@@ -86,5 +88,31 @@ def test_step(benchmark, provider, size):
     seconds = clips * frames / 100
     benchmark.extra_info.update(flops=products(size, mask), items=(seconds, "s audio"), note=f"{clips} clips")
     loss = benchmark.pedantic(make_step(provider, size), (batch,), **ROUNDS)
+    assert 0 < loss < 4
+    gc.collect()
+
+
+def our_front_end():
+    return FrontEnd(bank_size=64)
+
+
+def official_clips():
+    front_end = official_front_end.FrontEnd(bank_size=64)
+    return lambda waves: official_front_end.collate([front_end(wave.float() / 32768) for wave in waves])
+
+
+FRONT_ENDS = {"atst_fast": our_front_end, "official_structure": official_clips}
+
+
+@pytest.mark.benchmark(group="step from waveforms")
+@pytest.mark.parametrize("provider", STEPS)
+@pytest.mark.parametrize("size", SIZES)
+def test_step_from_waveforms(benchmark, provider, size):
+    _, clips, frames, _ = SIZES[size]
+    waves = (torch.randn(clips, (frames - 1) * 160) * 3000).clamp(-32768, 32767).to(torch.int16)
+    front_end, step = FRONT_ENDS[provider](), make_step(provider, size)
+    front_end(waves)  # something to mix with
+    benchmark.extra_info.update(items=(clips * frames / 100, "s audio"), note=f"{clips} clips")
+    loss = benchmark.pedantic(lambda: step(front_end(waves)), **ROUNDS)
     assert 0 < loss < 4
     gc.collect()
