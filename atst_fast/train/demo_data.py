@@ -33,12 +33,16 @@ class Instrument:
 
 # Most ranges overlap: pitch alone does not tell the label.
 INSTRUMENTS = {
+    "accordion": Instrument((21,), 53, 84),
+    "banjo": Instrument((105,), 50, 79),
     "bass": Instrument((32, 33), 33, 55),
     "choir": Instrument((52,), 48, 76, chords=True),
     "clarinet": Instrument((71,), 52, 84),
     "flute": Instrument((73,), 60, 91),
     "guitar": Instrument((24, 25), 45, 79, chords=True),
     "harpsichord": Instrument((6,), 45, 81, chords=True),
+    "horn": Instrument((60,), 45, 74),
+    "oboe": Instrument((68,), 58, 86),
     "organ": Instrument((16, 19), 45, 81, chords=True),
     "piano": Instrument((0, 1), 40, 86, chords=True),
     "saxophone": Instrument((66, 67), 48, 77),
@@ -110,14 +114,14 @@ class Player:
         return np.frombuffer(self.synth.generate(samples), np.float32).reshape(-1, 2).mean(axis=1)
 
     def phrase(self, rng: np.random.Generator, instrument: Instrument) -> np.ndarray:
-        """A legato melody of a second to three seconds, until it has died away: float32 [N], peak RMS 1.
+        """A legato melody of one to four seconds, until it has died away: float32 [N], peak RMS 1.
 
         The end is the last 10 ms frame within 30 dB of the loudest one, plus a fade of 10 ms.
         """
         self.synth.program_select(0, self.font, 0, int(rng.choice(instrument.programs)))
         pieces: list[np.ndarray] = []
         key = int(rng.integers(instrument.low, instrument.high + 1))
-        length = int(rng.uniform(0.7, 3) * RATE)
+        length = int(rng.uniform(1, 4) * RATE)
         while sum(len(piece) for piece in pieces) < length:
             size = rng.integers(2, 5) if instrument.chords and rng.random() < 0.5 else 1
             keys = [key, *(key + 3 * k + int(rng.integers(0, 3)) for k in range(1, size))]
@@ -144,24 +148,23 @@ def trim(sound: np.ndarray, range_db: float = 30.0) -> np.ndarray:
 
 
 def render_scene(rng: np.random.Generator, player: Player, seconds: float) -> Scene:
-    """Three or four instruments that take turns in two voices, phrase after phrase, with rests.
+    """Two to four instruments that take turns: the next one enters before the last has ended, or after a short rest.
 
     From note to note pitch and velocity change freely: what lasts, and what a model can predict, is who plays.
     """
     n = int(seconds * RATE)
-    labels = [str(label) for label in rng.choice(sorted(INSTRUMENTS), size=rng.integers(3, 5), replace=False)]
+    labels = [str(label) for label in rng.choice(sorted(INSTRUMENTS), size=rng.integers(2, 5), replace=False)]
     stems, free = {label: np.zeros(n, np.float32) for label in labels}, dict.fromkeys(labels, 0)
-    events, voices = [], [int(rng.uniform(0, 1) * RATE), int(rng.uniform(0, 3) * RATE)]
+    events, start = [], int(rng.uniform(0, 0.5) * RATE)
     # What the end of the scene leaves of the last phrase must be long enough to be an event.
-    while max(min(voices), min(free.values())) < n - RATE // 2:
-        voice = int(np.argmin(voices))
-        start = max(voices[voice], min(free.values()))
+    while start < n - RATE // 2:
         label = str(rng.choice([label for label in labels if free[label] <= start]))
         sound = player.phrase(rng, INSTRUMENTS[label])[: n - start]
-        stems[label][start : start + len(sound)] = 10 ** (rng.uniform(-22, -18) / 20) * sound
-        events.append((label, start, start + len(sound)))
-        free[label] = start + len(sound) + RATE // 4
-        voices[voice] = start + len(sound) + int(rng.exponential(0.8) * RATE)
+        end = start + len(sound)
+        stems[label][start:end] = 10 ** (rng.uniform(-21, -19) / 20) * sound
+        events.append((label, start, end))
+        free[label] = end + RATE // 4
+        start = max(end + int(rng.uniform(-0.8, 0.5) * RATE), start + RATE // 2, min(free.values()))
     stems = {label: stem for label, stem in stems.items() if stem.any()}
     mix = np.sum(list(stems.values()), axis=0) + noise(rng, n)
     scale = min(1.0, 0.98 / np.abs(mix).max())
