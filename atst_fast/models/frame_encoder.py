@@ -12,7 +12,7 @@ from atst_fast.ops import _checks
 
 # "small", "base" and "large" are the published sizes; "tiny" is for demonstrations on a CPU.
 ARCHS: dict[str, dict[str, int]] = {
-    "tiny": {"dim": 192, "depth": 6, "num_heads": 3},
+    "tiny": {"dim": 128, "depth": 4, "num_heads": 2},
     "small": {"dim": 384, "depth": 12, "num_heads": 6},
     "base": {"dim": 768, "depth": 12, "num_heads": 12},
     "large": {"dim": 1024, "depth": 24, "num_heads": 16},
