@@ -24,6 +24,8 @@ STABLE_TORCH_LIBRARY(atst_fast, m) {
   m.def("bias_gelu_backward(Tensor grad, Tensor h, Tensor bias) -> (Tensor, Tensor)");
   m.def("add_branch(Tensor x, Tensor y, Tensor bias, float alpha, Tensor? kept) -> Tensor");
   m.def("add_branch_backward(Tensor grad, float alpha, Tensor? kept) -> (Tensor, Tensor)");
+  m.def("batch_norm_relu(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor out, Tensor mean, Tensor variance)");
+  m.def("batch_norm_relu_backward(Tensor grad, Tensor x, Tensor mean, Tensor variance, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)");
 
   // ema
   m.def("ema_update_(Tensor(a!)[] teacher, Tensor[] student, Tensor momentum) -> ()");

@@ -37,6 +37,10 @@ ATTENTION_LARGE = 1e-3
 BIAS_GELU = 4e-7
 BIAS_GELU_DERIVATIVE = 2e-6
 ADD_BRANCH = 3e-7  # three roundings
+# Batch norm: a few roundings of the distance from the mean in units of the deviation, and that of the mean, which
+# weighs as much as the mean is deviations away from 0. Gradients: the sums of up to 32 rows are float32 as well.
+BATCH_NORM = 4e-7
+BATCH_NORM_GRAD = 1e-6
 # Sums over rows in float32, of up to 500 terms of both signs, relative to the sum of their sizes.
 ROW_SUM = 1e-6
 

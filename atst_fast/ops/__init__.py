@@ -7,7 +7,7 @@ dispatch of one operator; what it computes in the plainest form is ``atst_fast.r
 from atst_fast.ops._registry import build_info
 from atst_fast.ops.augment import AugmentDraws, MemoryBank, augment_views, draw_augment
 from atst_fast.ops.ema import ema_update_
-from atst_fast.ops.epilogue import add_branch, bias_gelu
+from atst_fast.ops.epilogue import add_branch, batch_norm_relu, bias_gelu
 from atst_fast.ops.frame_attention import frame_attention, frame_attention_packed
 from atst_fast.ops.log_mel import log_mel
 from atst_fast.ops.patch_embed import patch_embed
@@ -17,6 +17,7 @@ __all__ = [
     "MemoryBank",
     "add_branch",
     "augment_views",
+    "batch_norm_relu",
     "bias_gelu",
     "build_info",
     "draw_augment",

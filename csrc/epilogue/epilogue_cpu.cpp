@@ -1,5 +1,6 @@
-// The boundary of bias_gelu and add_branch: checks, then pieces of rows shared out among the threads.
+// The boundary of bias_gelu, add_branch and batch_norm_relu: checks, then pieces of rows shared out among the threads.
 #include <algorithm>
+#include <cmath>
 
 #include "../check.h"
 #include "epilogue.h"
@@ -25,10 +26,10 @@ int64_t last_axis(const Tensor& t, const char* op, const char* name) {
   return t.size(t.dim() - 1);
 }
 
-const float* bias_row(const Tensor& bias, int64_t dim, const char* op) {
-  const float* b = input(bias, op, "bias");
-  ATST_CHECK(bias.dim() == 1 && bias.size(0) == dim, op, ": bias must have the size of the last axis");
-  return b;
+const float* row_of(const Tensor& t, int64_t dim, const char* op, const char* name) {
+  const float* row = input(t, op, name);
+  ATST_CHECK(t.dim() == 1 && t.size(0) == dim, op, ": ", name, " must have the size of the last axis");
+  return row;
 }
 
 // run(first row, rows, index of the piece)
@@ -39,14 +40,15 @@ void for_pieces(int64_t rows, const Run& run) {
   });
 }
 
-// The sum over all rows by way of a partial sum per piece: run(first row, rows, partial sum to add to).
+// The sum over all rows, of `width` values, by way of a partial sum per piece: run(first row, rows, partial sum to add
+// to).
 template <class Run>
-Tensor sum_over_rows(const Tensor& like, int64_t rows, int64_t dim, const Run& run) {
-  Tensor parts = torch::stable::new_zeros(like, {pieces_of(rows), dim});
-  Tensor sum = torch::stable::new_zeros(like, {dim});
+Tensor sum_over_rows(const Tensor& like, int64_t rows, int64_t width, const Run& run) {
+  Tensor parts = torch::stable::new_zeros(like, {pieces_of(rows), width});
+  Tensor sum = torch::stable::new_zeros(like, {width});
   float* part = parts.mutable_data_ptr<float>();
-  for_pieces(rows, [&](int64_t r, int64_t n, int64_t i) { run(r, n, part + i * dim); });
-  ATST_SELECT_SIMD(add_rows)(part, sum.mutable_data_ptr<float>(), pieces_of(rows), dim);
+  for_pieces(rows, [&](int64_t r, int64_t n, int64_t i) { run(r, n, part + i * width); });
+  ATST_SELECT_SIMD(add_rows)(part, sum.mutable_data_ptr<float>(), pieces_of(rows), width);
   return sum;
 }
 
@@ -94,7 +96,7 @@ Tensor bias_gelu(Tensor h, Tensor bias) {
   const char* op = "bias_gelu";
   const float* from = input(h, op, "h");
   const int64_t dim = last_axis(h, op, "h");
-  const float* b = bias_row(bias, dim, op);
+  const float* b = row_of(bias, dim, op, "bias");
   Tensor out = torch::stable::empty_like(h);
   float* to = out.mutable_data_ptr<float>();
   const auto run = ATST_SELECT_SIMD(bias_gelu);
@@ -106,7 +108,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor grad, Tensor h, Tensor bias
   const char* op = "bias_gelu_backward";
   const float *g = input(grad, op, "grad"), *from = input(h, op, "h");
   const int64_t dim = last_axis(h, op, "h");
-  const float* b = bias_row(bias, dim, op);
+  const float* b = row_of(bias, dim, op, "bias");
   ATST_CHECK(grad.sizes().equals(h.sizes()), op, ": grad must have the shape of h");
   Tensor dh = torch::stable::empty_like(h);
   float* to = dh.mutable_data_ptr<float>();
@@ -121,7 +123,7 @@ Tensor add_branch(Tensor x, Tensor y, Tensor bias, double alpha, std::optional<T
   const char* op = "add_branch";
   const float *base = input(x, op, "x"), *from = input(y, op, "y");
   const int64_t dim = last_axis(x, op, "x");
-  const float* b = bias_row(bias, dim, op);
+  const float* b = row_of(bias, dim, op, "bias");
   const Items items = make_items(x, dim, kept, op);
   ATST_CHECK(last_axis(y, op, "y") == dim && y.numel() == items.branch * items.rows * dim, op,
              ": y must have the shape of the kept part of x");
@@ -159,6 +161,96 @@ std::tuple<Tensor, Tensor> add_branch_backward(Tensor grad, double alpha, std::o
   return {dy, dbias};
 }
 
+// Mean and biased variance of each column, from those of the pieces.
+std::tuple<Tensor, Tensor> column_moments(const Tensor& x, int64_t rows, int64_t dim) {
+  const int64_t pieces = pieces_of(rows);
+  Tensor parts = torch::stable::new_zeros(x, {pieces, 2, dim});
+  float* part = parts.mutable_data_ptr<float>();
+  const float* from = x.const_data_ptr<float>();
+  const auto run = ATST_SELECT_SIMD(column_moments);
+  for_pieces(rows, [&](int64_t r, int64_t n, int64_t i) {
+    run(from + r * dim, part + 2 * i * dim, part + (2 * i + 1) * dim, n, dim);
+  });
+  Tensor mean = torch::stable::new_empty(x, {dim}), variance = torch::stable::new_empty(x, {dim});
+  float *m = mean.mutable_data_ptr<float>(), *v = variance.mutable_data_ptr<float>();
+  std::vector<double> sum(dim), squares(dim);
+  for (int64_t i = 0; i < pieces; ++i)
+    for (int64_t j = 0; j < dim; ++j)
+      sum[j] += double(part[2 * i * dim + j]) * double(std::min(kRows, rows - i * kRows));
+  for (int64_t j = 0; j < dim; ++j) sum[j] /= double(rows);
+  for (int64_t i = 0; i < pieces; ++i)
+    for (int64_t j = 0; j < dim; ++j) {
+      const double off = part[2 * i * dim + j] - sum[j];
+      squares[j] += part[(2 * i + 1) * dim + j] + off * off * double(std::min(kRows, rows - i * kRows));
+    }
+  for (int64_t j = 0; j < dim; ++j) m[j] = float(sum[j]), v[j] = float(squares[j] / double(rows));
+  return {mean, variance};
+}
+
+// The rows of batch_norm_relu's parameters that its kernels read, and what they are computed into.
+struct Columns {
+  std::vector<float> scale, average, slope;
+  BatchNorm p;
+
+  Columns(const Tensor& mean, const Tensor& variance, const Tensor& weight, const Tensor& bias, double eps, int64_t dim,
+          const char* op)
+      : scale(dim), p{row_of(mean, dim, op, "mean"), scale.data(), row_of(bias, dim, op, "bias"), nullptr, nullptr} {
+    const float *v = row_of(variance, dim, op, "variance"), *w = row_of(weight, dim, op, "weight");
+    for (int64_t j = 0; j < dim; ++j) scale[j] = float(w[j] / std::sqrt(v[j] + eps));
+  }
+  Columns(const Columns&) = delete;
+};
+
+int64_t check_batch(const Tensor& x, const char* op) {
+  input(x, op, "x");
+  check_dim(x, 2, op, "x");
+  ATST_CHECK(x.size(0) > 1, op, ": x must have at least 2 rows to take the variance of, got ", x.size(0));
+  return last_axis(x, op, "x");
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(Tensor x, Tensor weight, Tensor bias, double eps) {
+  const char* op = "batch_norm_relu";
+  const int64_t dim = check_batch(x, op);
+  auto [mean, variance] = column_moments(x, x.size(0), dim);
+  const Columns columns(mean, variance, weight, bias, eps, dim, op);
+  Tensor out = torch::stable::empty_like(x);
+  const float* from = x.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  const auto run = ATST_SELECT_SIMD(batch_norm_relu);
+  for_pieces(x.size(0), [&](int64_t r, int64_t n, int64_t) { run(from + r * dim, columns.p, to + r * dim, n, dim); });
+  return {out, mean, variance};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(Tensor grad, Tensor x, Tensor mean, Tensor variance,
+                                                            Tensor weight, Tensor bias, double eps) {
+  const char* op = "batch_norm_relu_backward";
+  const int64_t dim = check_batch(x, op), rows = x.size(0);
+  const float *g = input(grad, op, "grad"), *from = x.const_data_ptr<float>();
+  ATST_CHECK(grad.sizes().equals(x.sizes()), op, ": grad must have the shape of x");
+  Columns columns(mean, variance, weight, bias, eps, dim, op);
+  const auto add = ATST_SELECT_SIMD(batch_norm_relu_sums);
+  Tensor sums = sum_over_rows(x, rows, 2 * dim, [&](int64_t r, int64_t n, float* part) {
+    add(g + r * dim, from + r * dim, columns.p, part, n, dim);
+  });
+  Tensor dweight = torch::stable::new_empty(x, {dim}), dbias = torch::stable::new_empty(x, {dim});
+  float *dw = dweight.mutable_data_ptr<float>(), *db = dbias.mutable_data_ptr<float>();
+  const float *sum = sums.const_data_ptr<float>(), *v = variance.const_data_ptr<float>();
+  columns.average.resize(dim), columns.slope.resize(dim);
+  for (int64_t j = 0; j < dim; ++j) {
+    const double precision = 1 / (v[j] + eps), product = sum[dim + j];
+    dw[j] = float(product * std::sqrt(precision)), db[j] = sum[j];
+    columns.average[j] = float(sum[j] / double(rows));
+    columns.slope[j] = float(product / double(rows) * precision * columns.scale[j]);
+  }
+  columns.p.average = columns.average.data(), columns.p.slope = columns.slope.data();
+  Tensor dx = torch::stable::empty_like(x);
+  float* to = dx.mutable_data_ptr<float>();
+  const auto run = ATST_SELECT_SIMD(batch_norm_relu_backward);
+  for_pieces(rows,
+             [&](int64_t r, int64_t n, int64_t) { run(g + r * dim, from + r * dim, columns.p, to + r * dim, n, dim); });
+  return {dx, dweight, dbias};
+}
+
 }  // namespace
 }  // namespace atst
 
@@ -167,4 +259,6 @@ STABLE_TORCH_LIBRARY_IMPL(atst_fast, CPU, m) {
   m.impl("bias_gelu_backward", TORCH_BOX(&atst::bias_gelu_backward));
   m.impl("add_branch", TORCH_BOX(&atst::add_branch));
   m.impl("add_branch_backward", TORCH_BOX(&atst::add_branch_backward));
+  m.impl("batch_norm_relu", TORCH_BOX(&atst::batch_norm_relu));
+  m.impl("batch_norm_relu_backward", TORCH_BOX(&atst::batch_norm_relu_backward));
 }

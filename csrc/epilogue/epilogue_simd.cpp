@@ -2,6 +2,9 @@
 //
 //   bias_gelu:   out = z Phi(z), z = h + bias;             dh = grad (Phi(z) + z phi(z)),  dbias = sum of dh over rows
 //   add_branch:  out = x + alpha (y + bias);               dy = alpha grad,                dbias = sum of dy over rows
+//   batch_norm_relu:  out = max(z, 0), z = c scale + bias, c = x - mean, scale = weight / sqrt(variance + eps), the
+//   mean
+//                and the variance over all rows;           dx = scale (g - mean of g) - c slope, g = grad where z > 0
 //
 // Phi, the normal distribution function, is 0.5 erfc(-z / sqrt 2). With t = 1 / (1 + 0.38 |z| / sqrt 2), its lower tail
 // Phi(-|z|) is exp(-z^2 / 2) t P(t): what is left after the exponential is so smooth in t that a polynomial of degree 8
@@ -86,6 +89,23 @@ ATST_INLINE void for_lanes(int64_t dim, const F& f) {
 
 #define ATST_EACH [&](int64_t i, int n) __attribute__((always_inline))
 
+// f(first row, Count<R>) for groups of R = 4 rows, and once more for the 1 to 3 that are left: what is read per column
+// is read once per group. All loads of a group come before its stores: rows of 4 KiB look like one address to the store
+// buffer, and a load would wait for the store of the row before.
+template <int R>
+struct Count {
+  static constexpr int rows = R;
+};
+
+template <class F>
+ATST_INLINE void for_rows(int64_t rows, const F& f) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) f(r, Count<4>{});
+  if (rows - r == 3) f(r, Count<3>{});
+  if (rows - r == 2) f(r, Count<2>{});
+  if (rows - r == 1) f(r, Count<1>{});
+}
+
 }  // namespace
 
 void bias_gelu(const float* h, const float* bias, float* out, int64_t rows, int64_t dim) {
@@ -126,8 +146,87 @@ void add_branch_backward(const float* grad, float alpha, float* dy, float* dbias
 }
 
 void add_rows(const float* from, float* sum, int64_t rows, int64_t dim) {
-  for (int64_t r = 0; r < rows; ++r, from += dim)
-    for_lanes(dim, ATST_EACH { store(sum + i, load(sum + i, n) + load(from + i, n), n); });
+  for_rows(rows, [&](int64_t r, auto count) __attribute__((always_inline)) {
+    const float* row = from + r * dim;
+    for_lanes(
+        dim, ATST_EACH {
+          vf total = load(sum + i, n);
+          for (int k = 0; k < count.rows; ++k) total += load(row + k * dim + i, n);
+          store(sum + i, total, n);
+        });
+  });
+}
+
+void column_moments(const float* x, float* mean, float* squares, int64_t rows, int64_t dim) {
+  add_rows(x, mean, rows, dim);
+  const vf share = splat(1.0f / static_cast<float>(rows));
+  for_lanes(dim, ATST_EACH { store(mean + i, load(mean + i, n) * share, n); });
+  for_rows(rows, [&](int64_t r, auto count) __attribute__((always_inline)) {
+    const float* from = x + r * dim;
+    for_lanes(
+        dim, ATST_EACH {
+          const vf m = load(mean + i, n);
+          vf sum = load(squares + i, n);
+          for (int k = 0; k < count.rows; ++k) {
+            const vf c = load(from + k * dim + i, n) - m;
+            sum = fma(c, c, sum);
+          }
+          store(squares + i, sum, n);
+        });
+  });
+}
+
+void batch_norm_relu(const float* x, const BatchNorm& p, float* out, int64_t rows, int64_t dim) {
+  for_rows(rows, [&](int64_t r, auto count) __attribute__((always_inline)) {
+    const float* from = x + r * dim;
+    float* to = out + r * dim;
+    for_lanes(
+        dim, ATST_EACH {
+          const vf mean = load(p.mean + i, n), scale = load(p.scale + i, n), bias = load(p.bias + i, n);
+          for (int k = 0; k < count.rows; ++k) {
+            const vf z = fma(load(from + k * dim + i, n) - mean, scale, bias);
+            store(to + k * dim + i, z <= 0.0f ? vf{} : z, n);
+          }
+        });
+  });
+}
+
+void batch_norm_relu_sums(const float* grad, const float* x, const BatchNorm& p, float* sums, int64_t rows,
+                          int64_t dim) {
+  for_rows(rows, [&](int64_t r, auto count) __attribute__((always_inline)) {
+    const float *g = grad + r * dim, *from = x + r * dim;
+    for_lanes(
+        dim, ATST_EACH {
+          const vf mean = load(p.mean + i, n), scale = load(p.scale + i, n), bias = load(p.bias + i, n);
+          vf sum = load(sums + i, n), product = load(sums + dim + i, n);
+          for (int k = 0; k < count.rows; ++k) {
+            const vf c = load(from + k * dim + i, n) - mean, d = load(g + k * dim + i, n);
+            const vf passed = fma(c, scale, bias) <= 0.0f ? vf{} : d;
+            sum += passed;
+            product = fma(passed, c, product);
+          }
+          store(sums + i, sum, n);
+          store(sums + dim + i, product, n);
+        });
+  });
+}
+
+void batch_norm_relu_backward(const float* grad, const float* x, const BatchNorm& p, float* dx, int64_t rows,
+                              int64_t dim) {
+  for_rows(rows, [&](int64_t r, auto count) __attribute__((always_inline)) {
+    const float *g = grad + r * dim, *from = x + r * dim;
+    float* to = dx + r * dim;
+    for_lanes(
+        dim, ATST_EACH {
+          const vf mean = load(p.mean + i, n), scale = load(p.scale + i, n), bias = load(p.bias + i, n);
+          const vf average = load(p.average + i, n), slope = load(p.slope + i, n);
+          for (int k = 0; k < count.rows; ++k) {
+            const vf c = load(from + k * dim + i, n) - mean, d = load(g + k * dim + i, n);
+            const vf passed = fma(c, scale, bias) <= 0.0f ? vf{} : d;
+            store(to + k * dim + i, fma(passed - average, scale, -(c * slope)), n);
+          }
+        });
+  });
 }
 
 }  // namespace atst::ATST_ISA
