@@ -19,6 +19,12 @@ ATST_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to *
 // Floats of a packed B with `depth` rows and `columns` columns.
 ATST_INLINE int64_t packed_floats(int64_t depth, int64_t columns) { return depth * round_up(columns, kPanel); }
 
+// Rows are often further apart than hardware prefetchers look.
+ATST_INLINE void prefetch_row(const float* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(row + i);
+}
+constexpr int kRowsAhead = 8;
+
 // packed[panel][k][j] = b[k * row_stride + (panel * kPanel + j) * column_stride], zeros past the last column.
 void pack(const float* b, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t columns,
           float* __restrict packed) {
@@ -28,11 +34,13 @@ void pack(const float* b, int64_t row_stride, int64_t column_stride, int64_t dep
     if (column_stride == 1) {
       for (int64_t k = 0; k < depth; ++k) {
         const float* from = b + k * row_stride + j0;
+        prefetch_row(from + kRowsAhead * row_stride, width);
         for (int64_t j = 0; j < width; ++j) panel[k * kPanel + j] = from[j];
       }
     } else {
       for (int64_t j = 0; j < width; ++j) {
         const float* from = b + (j0 + j) * column_stride;
+        prefetch_row(from + kRowsAhead * column_stride, depth);
         for (int64_t k = 0; k < depth; ++k) panel[k * kPanel + j] = from[k * row_stride];
       }
     }

@@ -97,6 +97,24 @@ ATST_INLINE vf exp(vf x) {
   return x != x ? x : p;
 }
 
+// 2^x within 2 ulp for x <= 0; 0 below -126 (no subnormal results), NaN stays NaN. Half the work of exp.
+ATST_INLINE vf exp2_of_negative(vf x) {
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: the low bits of the sum are the nearest integer
+  const vf clamped = x < -126.0f ? splat(-126.0f) : x;
+  const vf shifted = clamped + magic;
+  const vf r = clamped - (shifted - magic);
+  vf p = splat(1.534581243e-04f);
+  p = p * r + 1.339993090e-03f;
+  p = p * r + 9.618489072e-03f;
+  p = p * r + 5.550328642e-02f;
+  p = p * r + 2.402264625e-01f;
+  p = p * r + 6.931471825e-01f;
+  p = p * r + 1.0f;
+  // the power of two by adding to the exponent; nothing is added to that of a NaN
+  p = bits_as_float(float_as_bits(p) + (float_as_bits(shifted) << 23));
+  return x < -126.0f ? vf{} : p;
+}
+
 // ln x within 2 ulp for normal x > 0; -inf at 0 and for subnormals, NaN below 0, +inf and NaN stay.
 ATST_INLINE vf log(vf x) {
   const vi bits = float_as_bits(x);
@@ -123,6 +141,39 @@ ATST_INLINE vf log(vf x) {
   y = x < 1.17549435e-38f ? splat(-inf) : y;
   y = x < 0.0f ? splat(__builtin_nanf("")) : y;
   return (x != x) | (x == inf) ? x : y;
+}
+
+// Sum and maximum of n values as a tree: short chains of operations, the same for every instruction set of as many
+// lanes.
+template <int n>
+ATST_INLINE float tree_sum(const float* p) {
+  if constexpr (n == 1)
+    return p[0];
+  else
+    return tree_sum<n / 2>(p) + tree_sum<n / 2>(p + n / 2);
+}
+
+template <int n>
+ATST_INLINE float tree_max(const float* p) {
+  if constexpr (n == 1) {
+    return p[0];
+  } else {
+    const float a = tree_max<n / 2>(p), b = tree_max<n / 2>(p + n / 2);
+    return a > b ? a : b;
+  }
+}
+
+ATST_INLINE float sum_of_lanes(vf v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  return tree_sum<kLanes>(lanes);
+}
+
+// Of a vector without NaN.
+ATST_INLINE float max_of_lanes(vf v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  return tree_max<kLanes>(lanes);
 }
 
 }  // namespace

@@ -30,24 +30,6 @@ ATST_INLINE vf reciprocal(vf x) {
 #endif
 }
 
-// e^(-z^2 / 2), 0 where that is below 2^-126: 2^n 2^r, the power of two by adding n to the exponent. NaN stays NaN.
-ATST_INLINE vf bell(vf z) {
-  const vf t = z * z * -0.721347520f;   // the power of 2
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: the low bits of the sum are the nearest integer
-  const vf clamped = t < -126.0f ? splat(-126.0f) : t;
-  const vf shifted = clamped + magic;
-  const vf r = clamped - (shifted - magic);
-  vf p = splat(1.534581243e-04f);
-  p = p * r + 1.339993090e-03f;
-  p = p * r + 9.618489072e-03f;
-  p = p * r + 5.550328642e-02f;
-  p = p * r + 2.402264625e-01f;
-  p = p * r + 6.931471825e-01f;
-  p = p * r + 1.0f;
-  p = bits_as_float(float_as_bits(p) + (float_as_bits(shifted) << 23));
-  return t < -126.0f ? vf{} : p;
-}
-
 ATST_INLINE Normal normal(vf z) {
   const vf magnitude = bits_as_float(float_as_bits(z) & 0x7fffffff);
   const vf t = reciprocal(1.0f + magnitude * 0.268700577f);
@@ -60,7 +42,7 @@ ATST_INLINE Normal normal(vf z) {
   p = p * t + 1.018965989e-01f;
   p = p * t + 1.069682389e-01f;
   p = p * t + 1.072049364e-01f;
-  const vf e = bell(z);
+  const vf e = exp2_of_negative(z * z * -0.721347520f);  // e^(-z^2 / 2)
   const vf tail = e * (t * p);
   return {z > 0.0f ? 1.0f - tail : tail, e * 0.398942280f};
 }
