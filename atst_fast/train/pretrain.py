@@ -20,6 +20,7 @@ from atst_fast.train.files import explain, make_folder, only_one, write_atomical
 from atst_fast.train.front_end import FrontEnd
 from atst_fast.train.info import environment
 from atst_fast.train.logging import RunLog, Stopwatch
+from atst_fast.train.memory import keep_freed_memory
 from atst_fast.train.schedule import Schedules
 from atst_fast.train.step import make_optimizer, train_step
 
@@ -29,6 +30,7 @@ def pretrain(config: PretrainConfig) -> int:
     check(config)
     console = Console(stderr=True)
     make_folder(config.out)
+    keep_freed_memory()
     with only_one(config.out):
         return Run(config, console).train()
 
