@@ -20,8 +20,9 @@ SILENT = "silent (every sample is 0; kept)"
 _INTEGER = {"PCM_S8", "PCM_U8", "PCM_16"}  # read as int16 without loss; the rest goes through float32
 # What libsndfile notes when a file ends before its header says. Sizes from 2^31 on are those of streamed WAV files,
 # whose writer could not know the length.
-_CUT_WAV = re.compile(r"^data : (\d+) \(should be (\d+)\)", re.MULTILINE)
-_CUT_OGG = "without an End-Of-Stream flag"
+_CUT = re.compile(r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+# Cut between the pages of an Ogg file, or within one (also the last, whose header it reads before it misses the rest).
+_CUT_OGG = re.compile("Last page lacks an end-of-stream bit|Junk after the last page")
 
 
 class AudioError(Exception):
@@ -36,8 +37,8 @@ class Info(NamedTuple):
 
     @property
     def samples(self) -> int:
-        """Length at 16 kHz."""
-        return self.frames if self.rate == RATE else round(self.frames * RATE / self.rate)
+        """Length at 16 kHz, half a sample rounded up as soxr does."""
+        return (2 * self.frames * RATE + self.rate) // (2 * self.rate)
 
 
 class Problems:
@@ -67,14 +68,24 @@ class Problems:
 
 
 def find_audio(folder: Path) -> list[str]:
-    """The audio files below ``folder``, by suffix: sorted relative names with forward slashes."""
+    """The audio files below ``folder``, by suffix: sorted relative names with forward slashes.
+
+    Links to folders are followed; a folder that is reached in several ways is searched once.
+    """
     if not folder.exists():
         raise UserError(f"there is no folder {folder}")
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; expected a folder of audio files or one made by `atst-fast pack`")
-    names = [
-        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir()
-    ]
+    names, seen = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()  # which way comes first must not depend on the file system
+        below = Path(root).relative_to(folder)
+        names += [(below / name).as_posix() for name in files if Path(name).suffix.lower() in SUFFIXES]
     if not names:
         raise UserError(f"no audio in {folder}: expected files ending in {' '.join(sorted(SUFFIXES))}")
     return sorted(names)
@@ -140,11 +151,11 @@ def _open(path: Path) -> soundfile.SoundFile:
         raise AudioError(f"unreadable: {error.strerror or error}") from error
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
         raise AudioError(f"no audio that can be read: {_reason(error)}") from error
-    cut = _CUT_WAV.search(f.extra_info)
+    cut = _CUT.search(f.extra_info)
     if cut and int(cut[2]) < int(cut[1]) < 2**31 - 4096:
         f.close()
         raise AudioError(f"truncated: {cut[2]} of {cut[1]} bytes are there")
-    if _CUT_OGG in f.extra_info:
+    if _CUT_OGG.search(f.extra_info):
         f.close()
         raise AudioError("truncated: the end of the stream is missing")
     return f

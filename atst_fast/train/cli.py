@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except OSError as error:
-        return complain(program, str(error))
+        return complain(program, str(error).removeprefix(f"{name}: "))
     except (ValueError, ImportError) as error:
         if not of_user(error, name):
             raise

@@ -6,8 +6,8 @@ every phrase is rendered alone, starts at a sample that is known, and is cut whe
 """
 
 import importlib.util
+import io
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -204,10 +204,12 @@ def demo_data(config: DemoDataConfig) -> Path:
     line per file, ``{"file", "duration", "labels", "events": [{"label", "onset", "offset"}]}`` in seconds, and
     ``train.tsv``, ``test.tsv`` the same events in DESED's columns (filename, onset, offset, event_label). The folder
     appears whole or not at all. Raises ValueError for impossible sizes, FileExistsError when the folder holds
-    something else, ImportError naming what to install.
+    something else, ImportError naming what to install, UserError when the disk is full or another process renders.
     """
     from rich.console import Console
     from rich.progress import track
+
+    from atst_fast.train.files import explain, new_folder
 
     console = Console()
     check(config)
@@ -218,21 +220,17 @@ def demo_data(config: DemoDataConfig) -> Path:
         return out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"demo-data: out must be a new or empty folder, got {out}, which holds something else")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     sizes = counts(config)
-    for split in sizes:
-        (partial / split).mkdir(parents=True)
     rows: dict[str, list[dict]] = {split: [] for split in sizes}
-    todo = track(scenes(config), "rendering scenes", total=sum(sizes.values()), console=console)
-    for split, i, scene in todo:
-        rows[split].append(write_scene(partial, f"{split}/scene_{i:05d}.wav", scene))
-    for split in ("train", "test"):
-        write_labels(partial, split, rows[split])
-    (partial / MARKER).write_text(json.dumps(description(config), indent=1) + "\n")
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    with explain(f"write the demo data {out}", "nothing of it was left behind"), new_folder(out) as partial:
+        for split in sizes:
+            (partial / split).mkdir()
+        todo = track(scenes(config), "rendering scenes", total=sum(sizes.values()), console=console)
+        for split, i, scene in todo:
+            rows[split].append(write_scene(partial, f"{split}/scene_{i:05d}.wav", scene))
+        for split in ("train", "test"):
+            write_labels(partial, split, rows[split])
+        (partial / MARKER).write_text(json.dumps(description(config), indent=1) + "\n")
     minutes = {split: round(n * config.scene_seconds / 60, 1) for split, n in sizes.items()}
     console.print(f"demo-data: {out}: " + ", ".join(f"{split} {m} minutes" for split, m in minutes.items()))
     return out
@@ -263,7 +261,9 @@ def write_scene(root: Path, name: str, scene: Scene) -> dict:
     """Write the audio and return the scene's line of the labels file."""
     import soundfile
 
-    soundfile.write(root / name, scene.audio, RATE, subtype="PCM_16")
+    wav = io.BytesIO()  # in memory, because libsndfile does not say why it cannot write a file
+    soundfile.write(wav, scene.audio, RATE, format="WAV", subtype="PCM_16")
+    (root / name).write_bytes(wav.getvalue())
     events = [{"label": label, "onset": on / RATE, "offset": off / RATE} for label, on, off in scene.events]
     duration = len(scene.audio) / RATE
     return {"file": name, "duration": duration, "labels": sorted(scene.stems), "events": events}

@@ -7,7 +7,6 @@ A pack is a folder: ``data-00000.pcm``, ... (int16 little-endian mono 16 kHz, ev
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atst_fast.train.config import RATE, UserError
-from atst_fast.train.files import TEMPORARY, explain, sync_folder, write_atomically
+from atst_fast.train.files import explain, new_folder, write_atomically
 
 FORMAT = "atst_fast pack"
 VERSION = 1
@@ -44,7 +43,12 @@ class PackConfig:
 
 
 def is_pack(folder: Path) -> bool:
-    return (folder / META).is_file()
+    """Whether the folder is a pack, perhaps a damaged one; a folder of audio may have a meta.json of its own."""
+    try:
+        with open(folder / META, "rb") as f:
+            return FORMAT.encode() in f.read(PAGE) or (folder / ROWS).is_file()
+    except OSError:
+        return (folder / META).is_file()
 
 
 class Pack:
@@ -99,9 +103,13 @@ class Pack:
         if index.dtype != INDEX or index.shape != (self.meta["clips"],):
             expected = f"{self.meta['clips']} rows of {INDEX}"
             raise UserError(f"the pack is damaged: {path} has {index.shape} rows of {index.dtype}, expected {expected}")
-        ends = index["offset"] + index["samples"]
-        known = index["shard"] < len(sizes)
-        if not known.all() or (ends > np.array(sizes, np.uint64)[index["shard"]]).any():
+        if (index["samples"] < 1).any():
+            raise UserError(f"the pack is damaged: {path} has clips without samples")
+        fits = (index["shard"] < len(sizes)).all()
+        if fits and len(index):
+            size = np.array(sizes, np.uint64)[index["shard"]]  # offset + samples could wrap around: never added
+            fits = ((index["samples"] <= size) & (index["offset"] <= size - index["samples"])).all()
+        if not fits:
             raise UserError(f"the pack is damaged: {path} points outside the shards")
         return index
 
@@ -127,30 +135,22 @@ def _meta(folder: Path) -> dict[str, Any]:
 
 
 class Writer:
-    """Fills a temporary folder beside ``dst`` and gives it its name at the end; on any error nothing stays."""
+    """Fills ``folder``; a context manager."""
 
-    def __init__(self, dst: Path, shard_bytes: int):
-        self.dst, self.shard_bytes = dst, shard_bytes
-        self.folder = dst.with_name(dst.name + TEMPORARY)
+    def __init__(self, folder: Path, shard_bytes: int):
+        self.folder, self.shard_bytes = folder, shard_bytes
         self.rows: list[tuple[int, int, int]] = []
         self.names: list[str] = []
         self.sizes: list[int] = []
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> "Writer":
-        if self.dst.exists() and not (self.dst.is_dir() and not any(self.dst.iterdir())):
-            what = "already holds a pack" if is_pack(self.dst) else "is not an empty folder"
-            raise UserError(f"{self.dst} {what}; choose another name or delete it")
-        shutil.rmtree(self.folder, ignore_errors=True)  # what a killed run left
-        self.folder.mkdir(parents=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
-        if kind is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, name: str, clip: NDArray[np.int16]) -> None:
         size = -(-clip.nbytes // PAGE) * PAGE
@@ -172,8 +172,6 @@ class Writer:
         shards = [{"name": f"data-{i:05d}.pcm", "bytes": size} for i, size in enumerate(self.sizes)]
         meta = {"format": FORMAT, "version": VERSION, "rate": RATE, "clips": len(self.rows), "shards": shards} | meta
         write_atomically(self.folder / META, lambda p: p.write_text(json.dumps(meta, indent=1) + "\n"))
-        os.rename(self.folder, self.dst)
-        sync_folder(self.dst.parent)
 
     def _save_index(self, path: Path) -> None:
         with open(path, "wb") as f:
@@ -224,13 +222,22 @@ def pack(config: PackConfig) -> Path:
     from atst_fast.train import audio
 
     if not 0 < config.shard_gb <= 1000:
-        raise UserError(f"--shard-gb must be positive, got {config.shard_gb}")
+        raise UserError(f"--shard-gb must be positive and at most 1000, got {config.shard_gb}")
+    if config.workers is not None and config.workers < 1:
+        raise UserError(f"--workers must be at least 1, got {config.workers}")
+    if config.dst.exists() and not (config.dst.is_dir() and not any(config.dst.iterdir())):
+        what = "already holds a pack" if is_pack(config.dst) else "is not an empty folder"
+        raise UserError(f"{config.dst} {what}; choose another name or delete it")
     console, began = Console(stderr=True), time.perf_counter()
     problems = audio.Problems(lambda text: console.print(text, style="yellow", highlight=False, markup=False))
     names = audio.find_audio(config.src)
     workers = config.workers or os.cpu_count() or 1
     hint = "no pack was left behind"
-    with explain(f"write the pack {config.dst}", hint), Writer(config.dst, int(config.shard_gb * 1e9)) as writer:
+    with (
+        explain(f"write the pack {config.dst}", hint),
+        new_folder(config.dst) as folder,
+        Writer(folder, int(config.shard_gb * 1e9)) as writer,
+    ):
         clips = decode_all(config.src, names, workers, problems)
         for name, clip in track(clips, "packing", total=len(names), console=console):
             if len(clip):

@@ -35,7 +35,12 @@ BAD = {
     "text.mp3": "no audio that can be read",
     "cut.wav": "truncated",
     "cut.flac": "undecodable",
-    "cut.ogg": "truncated",
+    "cut.ogg": "truncated: the end of the stream",
+    "cut.opus": "truncated: the end of the stream",
+    "cut.aiff": "truncated",
+    "cut.au": "truncated",
+    "cut.w64": "truncated",
+    "cut.rf64": "truncated",
     "cut.mp3": "truncated",
     "blip.wav": "too short",
     "nan.wav": "not finite",
@@ -59,9 +64,10 @@ def bad_folder(tmp_path):
     """Every kind of file that cannot be used, and a silent one, which can."""
     folder = tmp_path / "bad"
     folder.mkdir()
-    for kind in ("wav", "flac", "ogg", "mp3"):
-        soundfile.write(folder / f"cut.{kind}", tone(2.0), 16000)
-        truncate(folder / f"cut.{kind}")
+    for kind in ("wav", "flac", "ogg", "mp3", "opus", "aiff", "au", "w64", "rf64"):
+        form = {"opus": {"format": "OGG", "subtype": "OPUS"}}.get(kind, {})
+        soundfile.write(folder / f"cut.{kind}", tone(2.0), 16000, **form)
+        truncate(folder / f"cut.{kind}", 0.8 if kind == "opus" else 0.5)  # shorter, no opus opens
     (folder / "empty.wav").touch()
     for kind in ("wav", "mp3"):
         (folder / f"text.{kind}").write_text("this is no audio at all\n" * 100)

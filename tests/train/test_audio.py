@@ -22,6 +22,12 @@ def test_everything_becomes_mono_16_khz(good_folder, name):
     assert x.std() > 1000
 
 
+@pytest.mark.parametrize("rate, frames", [(32000, 26733), (32000, 26735), (96000, 30003), (44100, 30000)])
+def test_the_header_tells_the_length_to_the_sample(tmp_path, rate, frames):
+    soundfile.write(tmp_path / "a.wav", np.zeros(frames, np.int16), rate)
+    assert audio.probe(tmp_path / "a.wav").samples == len(audio.read(tmp_path / "a.wav"))
+
+
 def test_integers_at_16_khz_pass_unchanged(tmp_path):
     x = tone(1.0)
     for name in ("a.wav", "a.flac"):
@@ -86,6 +92,15 @@ def test_find_audio(good_folder, tmp_path):
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match=r"no audio in .*bare: expected files ending in .*\.flac"):
         audio.find_audio(tmp_path / "bare")
+
+
+def test_links_to_folders_are_followed_once(good_folder, tmp_path):
+    set_of_links = tmp_path / "links"
+    set_of_links.mkdir()
+    (set_of_links / "a").symlink_to(good_folder)
+    (set_of_links / "b").symlink_to(good_folder)  # seen already
+    (good_folder / "up").symlink_to(set_of_links)  # a loop
+    assert audio.find_audio(set_of_links) == sorted(f"a/{name}" for name in GOOD)
 
 
 def test_problems_are_told_once_and_counted():

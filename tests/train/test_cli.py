@@ -88,6 +88,7 @@ def test_whose_error_it_is(monkeypatch, capsys):
     for error, message in (
         (FileNotFoundError(2, "No such file", "x.wav"), "[Errno 2] No such file: 'x.wav'"),
         (ValueError("demo-data: minutes must be 1"), "minutes must be 1"),
+        (FileExistsError("demo-data: out must be new"), "out must be new"),
         (ImportError("demo-data: the package p is missing"), "the package p is missing"),
     ):
         fake(monkeypatch, error)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import pytest
 import soundfile
 
 from atst_fast.train import demo_data as module
+from atst_fast.train.config import UserError
 from atst_fast.train.demo_data import INSTRUMENTS, RATE, DemoDataConfig, Player, demo_data, render_scene, trim
+from atst_fast.train.files import new_folder
 
 pytest.importorskip("tinysoundfont", reason="needs tinysoundfont")
 if importlib.util.find_spec("pretty_midi") is None:
@@ -121,9 +125,37 @@ def test_an_interrupted_run_leaves_no_folder(tmp_path, monkeypatch):
         patch.setattr(module, "write_labels", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             demo_data(config)
-    assert not config.out.exists()
+    assert not list(tmp_path.iterdir())
     assert len(list((demo_data(config) / "pretrain").iterdir())) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
+    """For real: the process may write no file beyond 100 kB."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "from atst_fast.train.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["demo-data", "--out", str(tmp_path / "data"), "--minutes", "0.2"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert f"atst-fast demo-data: cannot write the demo data {tmp_path}/data: File too large" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_do_not_render_into_one_folder(tmp_path):
+    config = DemoDataConfig(tmp_path / "data", 0.2, train_scenes=1, test_scenes=1)
+    with new_folder(config.out) as first:
+        (first / "kept").write_text("")
+        with pytest.raises(UserError, match="another process is writing into"):
+            demo_data(config)
+    assert [p.name for p in config.out.iterdir()] == ["kept"]
+
+
+def test_a_folder_without_a_name_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="the name of a new folder is needed"):
+        demo_data(DemoDataConfig(Path(".")))
 
 
 def test_foreign_folders_are_left_alone(tmp_path):

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from atst_fast.train import audio
+from atst_fast.train import audio, files
 from atst_fast.train import pack as module
 from atst_fast.train.config import UserError
 from atst_fast.train.pack import INDEX, META, NAMES, ROWS, Pack, PackConfig, is_pack, pack
@@ -75,6 +76,36 @@ def test_a_taken_name_is_refused(good_folder, packed, tmp_path):
         pack(PackConfig(src=good_folder, dst=good_folder / "long.wav"))
     (tmp_path / "bare").mkdir()
     assert is_pack(pack(PackConfig(src=good_folder, dst=tmp_path / "bare")))
+
+
+@pytest.mark.parametrize("dst", [".", "/nowhere/.."])
+def test_a_place_without_a_name_is_refused(good_folder, tmp_path, monkeypatch, dst):
+    (tmp_path / "bare").mkdir()
+    monkeypatch.chdir(tmp_path / "bare")
+    with pytest.raises(UserError, match="the name of a new folder is needed"):
+        pack(PackConfig(src=good_folder, dst=Path(dst)))
+
+
+def test_threads_are_counted_from_one(good_folder, tmp_path):
+    for workers in (0, -1):
+        with pytest.raises(UserError, match=f"--workers must be at least 1, got {workers}"):
+            pack(PackConfig(src=good_folder, dst=tmp_path / "p", workers=workers))
+
+
+def test_two_processes_do_not_fill_one_pack(good_folder, tmp_path):
+    with files.new_folder(tmp_path / "p") as first:
+        (first / "kept").write_text("")
+        with pytest.raises(UserError, match=r"another process is writing into .*p\.partial"):
+            pack(PackConfig(src=good_folder, dst=tmp_path / "p"))
+    assert os.listdir(tmp_path / "p") == ["kept"]
+
+
+def test_a_folder_of_audio_may_have_a_meta_json(good_folder, packed):
+    (good_folder / META).write_text('{"title": "my set"}')
+    assert not is_pack(good_folder)
+    assert is_pack(packed)
+    damage(packed, META, lambda b: b[:5])
+    assert is_pack(packed)  # and Pack says what is wrong
 
 
 def test_an_unwritable_place_is_named(good_folder, tmp_path):
@@ -155,13 +186,21 @@ def test_a_damaged_pack_is_refused_by_name(packed, name, change, message):
 
 def test_an_index_that_points_outside_is_refused(packed):
     index = np.load(packed / ROWS)
-    for field, value in (("shard", 99), ("offset", 10**12), ("samples", 10**12)):
+    for field, value in (("shard", 99), ("offset", 10**12), ("samples", 10**12), ("offset", 2**64 - 10)):
         broken = index.copy()
         broken[field][1] = value
         assert broken.dtype == INDEX
         np.save(packed / ROWS, broken)
         with pytest.raises(UserError, match="points outside the shards"):
             Pack(packed)
+
+
+def test_an_index_with_an_empty_clip_is_refused(packed):
+    index = np.load(packed / ROWS)
+    index["samples"][1] = 0
+    np.save(packed / ROWS, index)
+    with pytest.raises(UserError, match="clips without samples"):
+        Pack(packed)
 
 
 def test_names_of_any_bytes_survive(tmp_path, good_folder):
