@@ -97,4 +97,5 @@ def sources():
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in CSRC.glob(pattern))
 
 
-setup(ext_modules=[Extension("atst_fast._C", sources())], cmdclass={"build_ext": NinjaBuild})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("atst_fast._C", sources())], cmdclass={"build_ext": NinjaBuild})

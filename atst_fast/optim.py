@@ -147,10 +147,17 @@ class AdamWEMA(torch.optim.Optimizer):
         Hyper-parameters come from the state dict as well, as in torch; the tensors are copied.
         """
         for i, group in enumerate(state_dict["param_groups"]):
+            for name in ("lr", "betas", "eps", "weight_decay"):
+                if name not in group:
+                    raise ValueError(f"{_OP}: state_dict's group {i} must have {name!r}, as AdamW's do, got {[*group]}")
             for name in ("amsgrad", "maximize"):
                 if group.get(name):
                     _checks.fail(_OP, f"state_dict's {name} of group {i}", "False", True)
-            _hyper({**self.defaults, **group}, i)
+            _hyper(group, i)
+        for i, state in state_dict["state"].items():
+            if state and not {"step", "exp_avg", "exp_avg_sq"} <= set(state):
+                expected = "must have 'step', 'exp_avg' and 'exp_avg_sq'"
+                raise ValueError(f"{_OP}: state_dict's state of parameter {i} {expected}, got {[*state]}")
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "momentum"})
         if "momentum" in state_dict:
             self.momentum = state_dict["momentum"]
@@ -242,6 +249,8 @@ def _dense(g: Tensor) -> Tensor:
 
 def _hyper(group: dict[str, Any], i: int) -> list[float]:
     """lr, weight_decay, beta1, beta2, eps of a group as numbers."""
+    if len(group["betas"]) != 2:
+        _checks.fail(_OP, f"betas of group {i}", "two numbers", group["betas"])
     row = [float(x) for x in (group["lr"], group["weight_decay"], *group["betas"], group["eps"])]
     for name, value in zip(("lr", "weight_decay", "beta1", "beta2", "eps"), row):
         if not (0 <= value < math.inf) or (name.startswith("beta") and value >= 1):

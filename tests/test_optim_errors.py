@@ -141,3 +141,26 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
     with pytest.raises(ValueError, match="lr of group 1"):
         optimizer.add_param_group({"params": [P(torch.zeros(3))], "lr": -1.0})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.99, 0.999)])
+def test_betas_are_two(betas):
+    with pytest.raises(ValueError, match="AdamWEMA: betas of group 0 must be two numbers, got tuple"):
+        one(betas=betas)()
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s["param_groups"][0].pop("eps"), "state_dict's group 0 must have 'eps', as AdamW's do, got"),
+    (lambda s: s["state"][0].pop("exp_avg_sq"), "state_dict's state of parameter 0 must have 'step', 'exp_avg' and"),
+])  # fmt: skip
+def test_a_state_of_another_optimizer_changes_nothing(change, message):
+    p = P(torch.zeros(2, 3))
+    p.grad = torch.ones(2, 3)
+    optimizer = AdamWEMA([p])
+    optimizer.step()
+    state, before = optimizer.state_dict(), optimizer.state_dict()
+    state = {"state": {k: dict(v) for k, v in state["state"].items()}, "param_groups": [dict(state["param_groups"][0])]}
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert str(optimizer.state_dict()) == str(before)

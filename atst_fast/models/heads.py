@@ -21,11 +21,19 @@ class Head(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        first, norm, _, last = self
-        # anything else (SyncBatchNorm put in its place, evaluation) runs as it is
-        plain = type(norm) is nn.BatchNorm1d and norm.affine and norm.track_running_stats and norm.momentum is not None
-        if not plain or not norm.training:
+        norm = self[1]
+        # anything else (evaluation, SyncBatchNorm put in its place) runs as it is
+        if type(norm) is not nn.BatchNorm1d or not norm.training or not norm.affine or norm.momentum is None:
             return super().forward(x)
-        norm.num_batches_tracked.add_(1)
-        running = {"running_mean": norm.running_mean, "running_var": norm.running_var, "momentum": norm.momentum}
-        return last(ops.batch_norm_relu(first(x), norm.weight, norm.bias, eps=norm.eps, **running))
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        h = ops.batch_norm_relu(
+            self[0](x),
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            running_mean=norm.running_mean,
+            running_var=norm.running_var,
+            momentum=norm.momentum,
+        )
+        return self[3](h)

@@ -24,7 +24,12 @@ def frame_loss(student: Tensor, teacher: Tensor, *, symmetric: bool = True) -> F
     ``student`` and ``teacher`` are ``[M, D]``; with ``symmetric``, ``[2M, D]`` with the rows of view 1 first, and the
     student's rows of one view are compared with the teacher's of the other. Differentiable in ``student``. Float16 and
     bfloat16 are computed in float32. Upstream: ``ByolLoss`` in ``audiossl/methods/atstframe/byol.py``.
+    Raises ValueError for shapes that do not fit, no rows, or with ``symmetric`` an odd number of them.
     """
+    if student.shape != teacher.shape or student.dim() != 2 or not len(student) or (symmetric and len(student) % 2):
+        rows = "2M" if symmetric else "M"
+        got = f"{list(student.shape)} and {list(teacher.shape)}"
+        raise ValueError(f"frame_loss: student and teacher must both be [{rows}, D] with M at least 1, got {got}")
     student, teacher = (F.normalize(_at_least_float32(x), dim=-1) for x in (student, teacher.detach()))
     std_student, std_teacher = _spread(student.detach(), teacher)
     if symmetric:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from atst_fast import ops
 from atst_fast.nn.frame_attention import FrameAttention
 from atst_fast.nn.mlp import Mlp
+from atst_fast.nn.plain import is_plain
 from atst_fast.nn.selection import Selection, take
 
 
@@ -19,6 +20,7 @@ class Block(nn.Module):
     (``audiossl/modules/transformer.py``): ``drop`` dropout of the projection and the MLP, ``attn_drop`` must be 0,
     ``drop_path`` probability that a sample skips a branch in training (0 <= drop_path < 1), ``norm_layer`` and
     ``act_layer`` builders. The branch of a dropped sample is not computed: its share of the result is zero either way.
+    ``attn`` and ``mlp`` are read part by part: a hook on them does not run, one on their linear layers does.
     """
 
     def __init__(
@@ -89,8 +91,9 @@ class Block(nn.Module):
         # because an optimizer decays what has a gradient and skips what has none.
         alpha = 1 / (1 - self.drop_path) if self.training else 1.0
         kept = None if kept is None else kept.to(x.device, non_blocking=True)
-        if self.drop and self.training:
-            return ops.add_branch(x, F.dropout(last(hidden), self.drop), last.bias * 0, alpha=alpha, kept=kept)
+        if (self.drop and self.training) or last.bias is None or not is_plain(last):
+            y = F.dropout(last(hidden), self.drop, self.training)
+            return ops.add_branch(x, y, y.new_zeros(y.shape[-1]), alpha=alpha, kept=kept)
         return ops.add_branch(x, F.linear(hidden, last.weight), last.bias, alpha=alpha, kept=kept)
 
     def extra_repr(self) -> str:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atst_fast import ops
+from atst_fast.nn.plain import is_plain
 from atst_fast.nn.selection import Selection, take
 
 
@@ -67,12 +68,19 @@ class FrameAttention(nn.Module):
                 self.qkv(x), self.num_heads, lengths=length, scale=self.scale, padded_queries=padded_queries
             )
         x = x.flatten(0, 1)
+        q, kv = self._selected(x, select)
+        return ops.frame_attention_packed(q, kv, *select.offsets(x.device), self.num_heads, scale=self.scale)
+
+    def _selected(self, x: Tensor, select: Selection) -> tuple[Tensor, Tensor]:
+        """Queries of the selected rows; keys and values of those they attend to."""
         parts = [x.shape[1], 2 * x.shape[1]]
+        if not is_plain(self.qkv):
+            q, kv = self.qkv(x).split(parts, dim=1)
+            return take(q, select.queries), take(kv, select.keys)
         weight_q, weight_kv = self.qkv.weight.split(parts)
         bias_q, bias_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split(parts)
         q = F.linear(take(x, select.queries), weight_q, bias_q)
-        kv = F.linear(take(x, select.keys), weight_kv, bias_kv)
-        return ops.frame_attention_packed(q, kv, *select.offsets(x.device), self.num_heads, scale=self.scale)
+        return q, F.linear(take(x, select.keys), weight_kv, bias_kv)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atst_fast import ops
+from atst_fast.nn.plain import is_plain
 
 
 class Mlp(nn.Module):
@@ -34,6 +35,7 @@ class Mlp(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """What ``fc2`` reads, ``[..., hidden_features]``."""
-        if isinstance(self.act, nn.GELU) and self.act.approximate == "none":
+        exact = isinstance(self.act, nn.GELU) and self.act.approximate == "none"
+        if exact and self.fc1.bias is not None and is_plain(self.fc1):
             return self.drop(ops.bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
         return self.drop(self.act(self.fc1(x)))

@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def describe(value: Any) -> str:
@@ -25,6 +26,9 @@ def tensor(
     """Check that ``value`` is a tensor of that rank and one of those dtypes; ``expected`` gives the axes in words."""
     if not isinstance(value, Tensor):
         fail(op, name, f"a tensor {expected}", value, TypeError)
+    traced = value.dtype != torch.float64 and forward_ad._current_level >= 0  # float64 runs plain PyTorch
+    if traced and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(f"{op}: {name} has a forward-mode tangent, which this operator does not propagate")
     if dtypes and value.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         fail(op, name, f"{expected} of dtype {names}", value, TypeError)

@@ -44,6 +44,18 @@ def register(op: str, **others: Callable) -> None:
         fallback(op, device, reference)
 
 
+def differentiable_once(op: str) -> None:
+    """Let a gradient of the gradients that ``torch.ops.atst_fast.<op>`` computes be an error, not silently zero."""
+
+    def refuse(*_):
+        raise RuntimeError(
+            f"atst_fast.{op}: gradients of gradients are not implemented; float64 input runs the PyTorch reference, "
+            "which has them"
+        )
+
+    torch.library.register_autograd(f"atst_fast::{op}", refuse)
+
+
 def build_info() -> dict:
     """What this build contains and who runs each operator.
 

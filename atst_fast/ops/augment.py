@@ -12,6 +12,7 @@ from atst_fast.reference import augment as reference
 
 _OP = "augment_views"
 _AXES = "[B, 1, F, T] (clips, 1, mel bins, frames)"
+_MOST_CANVAS = 1 << 20  # bins or frames
 
 
 class AugmentDraws(NamedTuple):
@@ -47,6 +48,7 @@ class MemoryBank:
 
     def push(self, mel: Tensor) -> None:
         """Append the clips of ``mel`` ``[B, 1, F, T]``; of more than ``capacity`` the last ones stay."""
+        _checks.tensor("MemoryBank", "mel", mel, _AXES, dim=4)
         bins, frames = mel.shape[2:]
         self._hold(bins, frames, mel)
         assert self.mels is not None
@@ -60,13 +62,13 @@ class MemoryBank:
     def _hold(self, bins: int, frames: int, like: Tensor) -> None:
         """Make room for clips of that size; a bank of narrower clips is copied into a wider one."""
         old = self.mels
+        if old is not None and old.shape[1] != bins:
+            raise ValueError(f"MemoryBank: mel must have the {old.shape[1]} mel bins of the bank, got {bins}")
         if old is None or old.shape[2] < frames:
             self.mels = torch.empty(self.capacity, bins, frames, dtype=torch.float32, device=like.device)
             if old is not None:
                 used = min(self.count, self.capacity)
                 self.mels[:used, :, : old.shape[2]] = old[:used]
-        elif old.shape[1] != bins:
-            raise ValueError(f"MemoryBank: mel must have the {old.shape[1]} mel bins of the bank, got {bins}")
 
     def state_dict(self) -> dict:
         """Tensors and numbers of the filled part."""
@@ -79,6 +81,9 @@ class MemoryBank:
         mels, used = state["mels"], state["lengths"].shape[0]
         if used != min(state["count"], self.capacity):
             raise ValueError(f"MemoryBank: the state is of a bank of another capacity than {self.capacity}")
+        if used and (mels is None or mels.dim() != 3 or len(mels) != used or state["lengths"].max() > mels.shape[2]):
+            expected = f"[{used}, F, T] with T at least the longest of its lengths"
+            _checks.fail("MemoryBank", "the state's mels", expected, mels)
         self.count, self.mels = state["count"], None
         if mels is not None:
             self._hold(mels.shape[1], mels.shape[2], mels)
@@ -187,9 +192,9 @@ def _view(mel: Tensor, draws: AugmentDraws, bank: MemoryBank | None) -> Tensor:
         mels, lengths, partner = bank.mels, bank.lengths, draws.partner
 
     def near(x: Tensor) -> Tensor:
-        return x.to(mel.device, non_blocking=True)
+        return x.contiguous().to(mel.device, non_blocking=True)
 
-    per_clip = map(near, (partner, draws.start, draws.alpha, draws.crop.contiguous()))
+    per_clip = map(near, (partner, draws.start, draws.alpha, draws.crop))
     return torch.ops.atst_fast.augment(mel, mels, near(lengths), *per_clip, list(draws.canvas))
 
 
@@ -202,8 +207,9 @@ def _check_draws(mel: Tensor, draws: AugmentDraws, bank: MemoryBank | None) -> N
         _checks.tensor(_OP, f"draws.{name}", value, str(shape), dtypes=(dtype,))
         if list(value.shape) != shape:
             _checks.fail(_OP, f"draws.{name}", f"{shape}, one entry per clip", value)
-    if draws.canvas[0] < bins or draws.canvas[1] < frames:
-        _checks.fail(_OP, "draws.canvas", f"at least ({bins}, {frames}), the size of mel", draws.canvas)
+    if not (bins <= draws.canvas[0] <= _MOST_CANVAS and frames <= draws.canvas[1] <= _MOST_CANVAS):
+        expected = f"from ({bins}, {frames}), the size of mel, to {_MOST_CANVAS} either way"
+        _checks.fail(_OP, "draws.canvas", expected, draws.canvas)
     used = 0 if bank is None else min(bank.count, bank.capacity)
     slots = 0 if bank is None else bank.capacity
     for b, (who, start, (i, j, h, w)) in enumerate(

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atst_fast.ops import _checks
-from atst_fast.ops._registry import register
+from atst_fast.ops._registry import differentiable_once, register
 from atst_fast.reference import epilogue as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -62,6 +62,10 @@ def add_branch(x: Tensor, y: Tensor, bias: Tensor, *, alpha: float = 1.0, kept: 
     if list(y.shape) != shape:
         _checks.fail(op, "y", f"of shape {shape}", y)
     _checks.same_device(op, "x", x, y=y, kept=kept)
+    if kept is not None and kept.device.type == "cpu" and not torch.compiler.is_compiling():
+        items = kept.tolist()
+        if len(set(items)) < len(items) or not all(0 <= item < x.shape[0] for item in items):
+            raise ValueError(f"{op}: kept must name items from 0 to {x.shape[0] - 1}, each at most once, got {items}")
     if not x.dtype == y.dtype == bias.dtype == torch.float32:
         return reference.add_branch(x, y, bias, alpha, kept)
     kept = None if kept is None else kept.contiguous()
@@ -99,9 +103,9 @@ def batch_norm_relu(
     _check(op, "x", x, bias)
     if x.dim() != 2 or x.shape[0] < 2:
         _checks.fail(op, "x", "[M, D] with at least 2 rows, to take their variance", x)
-    rows = {"weight": weight, "running_mean": running_mean, "running_var": running_var}
-    for name, row in rows.items():
-        if row is not None or name == "weight":
+    _check_row(op, "weight", weight, "x", x)
+    for name, row in (("running_mean", running_mean), ("running_var", running_var)):
+        if row is not None:
             _check_row(op, name, row, "x", x)
     for name, value, most in (("eps", eps, float("inf")), ("momentum", momentum, 1)):
         if not 0 <= value <= most:
@@ -205,3 +209,6 @@ register("add_branch", CUDA=reference.add_branch)
 register("add_branch_backward", CUDA=reference.add_branch_backward)
 register("batch_norm_relu", CUDA=reference.batch_norm_relu)
 register("batch_norm_relu_backward", CUDA=reference.batch_norm_relu_backward)
+differentiable_once("bias_gelu_backward")
+differentiable_once("add_branch_backward")
+differentiable_once("batch_norm_relu_backward")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from atst_fast.ops import _checks
-from atst_fast.ops._registry import register
+from atst_fast.ops._registry import differentiable_once, register
 from atst_fast.reference import frame_attention as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -95,7 +95,8 @@ def frame_attention_packed(
 def _rows(x: Tensor) -> Tensor:
     """``x`` itself if its values lie in rows of one stride, else a copy."""
     one_stride = x.dim() == 2 or x.shape[0] <= 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    return x if x.stride(-1) == 1 and one_stride else x.contiguous()
+    # a clone: where an axis has one element, contiguous() leaves whatever stride it has
+    return x if x.stride(-1) == 1 and one_stride else x.clone(memory_format=torch.contiguous_format)
 
 
 def _head_dim(op: str, name: str, x: Tensor, parts: int, num_heads: int) -> int:
@@ -198,3 +199,5 @@ def _backward_packed(ctx, grad, _):
 
 torch.library.register_autograd("atst_fast::frame_attention", _backward, setup_context=_save)
 torch.library.register_autograd("atst_fast::frame_attention_packed", _backward_packed, setup_context=_save_packed)
+differentiable_once("frame_attention_backward")
+differentiable_once("frame_attention_packed_backward")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from atst_fast.ops import _checks
-from atst_fast.ops._registry import register
+from atst_fast.ops._registry import differentiable_once, register
 from atst_fast.reference import patch_embed as reference
 
 _OP = "patch_embed"
@@ -148,8 +148,8 @@ def _(grad, mel, weight, mask, pos_rows, needs_mel, patch, stride):
 
 
 def _save(ctx, inputs, output):
-    mel, weight, bias, mask, mask_embed, pos_embed, ctx.patch, ctx.stride = inputs
-    ctx.has_bias, ctx.has_mask_embed = bias is not None, mask_embed is not None
+    mel, weight, bias, mask, _, pos_embed, ctx.patch, ctx.stride = inputs
+    ctx.has_bias, ctx.has_mask = bias is not None, mask is not None
     ctx.pos_rows = 0 if pos_embed is None else pos_embed.shape[0]
     ctx.save_for_backward(mel, weight, mask)
 
@@ -166,7 +166,7 @@ def _backward(ctx, grad):
         dweight,
         dbias if ctx.has_bias else None,
         None,
-        dmask_embed if ctx.has_mask_embed else None,
+        dmask_embed if ctx.has_mask else None,
         dpos if ctx.pos_rows else None,
         None,
         None,
@@ -174,3 +174,4 @@ def _backward(ctx, grad):
 
 
 torch.library.register_autograd("atst_fast::patch_embed", _backward, setup_context=_save)
+differentiable_once("patch_embed_backward")

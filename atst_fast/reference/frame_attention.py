@@ -11,12 +11,15 @@ def frame_attention(
     queries there give zeros, or attend to the valid keys with ``attend_padded``; length 0 gives zeros."""
     batch, tokens, width = qkv.shape
     q, k, v = qkv.reshape(batch, tokens, 3, num_heads, width // 3 // num_heads).permute(2, 0, 3, 1, 4)
+    if lengths is not None:
+        padded = torch.arange(tokens, device=qkv.device) >= lengths[:, None]
+        # what is never read may be anything, and 0 times NaN is NaN: in the result and in the gradients of the others
+        k, v = (x.masked_fill(padded[:, None, :, None], 0.0) for x in (k, v))
+        q = q if attend_padded else q.masked_fill(padded[:, None, :, None], 0.0)
     scores = scale * (q @ k.transpose(-1, -2))
     dead = torch.zeros(batch, tokens, dtype=torch.bool, device=qkv.device)
     if lengths is not None:
-        padded = torch.arange(tokens, device=qkv.device) >= lengths[:, None]
         scores = scores.masked_fill(padded[:, None, None, :], float("-inf"))
-        v = v.masked_fill(padded[:, None, :, None], 0.0)  # weight 0 times NaN is NaN
         dead = (lengths == 0)[:, None].expand(batch, tokens) if attend_padded else padded
     dead = dead[:, None, :, None]
     lse = torch.logsumexp(scores.masked_fill(dead, float("-inf")), -1)

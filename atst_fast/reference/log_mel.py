@@ -11,11 +11,13 @@ def filterbank(n_fft: int, sample_rate: float, f_min: float, f_max: float, n_mel
     whether a bin belongs to it. Source: torchaudio.functional.melscale_fbanks (mel_scale="htk", norm=None).
     """
 
-    def mel(hz: float) -> float:
-        return 2595.0 * float(torch.log10(torch.tensor(1.0 + hz / 700.0, dtype=torch.float64)))
+    plain: dict = {"dtype": torch.float32, "device": "cpu"}
 
-    bins = torch.linspace(0, sample_rate // 2, n_fft // 2 + 1)
-    edges = 700.0 * (10.0 ** (torch.linspace(mel(f_min), mel(f_max), n_mels + 2) / 2595.0) - 1.0)
+    def mel(hz: float) -> float:
+        return 2595.0 * float(torch.log10(torch.tensor(1.0 + hz / 700.0, dtype=torch.float64, device="cpu")))
+
+    bins = torch.linspace(0, sample_rate // 2, n_fft // 2 + 1, **plain)
+    edges = 700.0 * (10.0 ** (torch.linspace(mel(f_min), mel(f_max), n_mels + 2, **plain) / 2595.0) - 1.0)
     width = edges[1:] - edges[:-1]
     slopes = edges[None, :] - bins[:, None]
     down = -slopes[:, :-2] / width[:-1]

@@ -5,6 +5,8 @@
 namespace atst {
 namespace {
 
+constexpr int64_t kMostCanvas = 1 << 20;  // bins or frames: scratch memory grows with it
+
 template <class T>
 const T* per_clip(const Tensor& t, ScalarType dtype, int64_t count, const char* name) {
   check_cpu(t, "augment", name);
@@ -30,6 +32,8 @@ Tensor augment(const Tensor& mel, const Tensor& bank, const Tensor& bank_lengths
   const AugmentShape s{mel.size(2), mel.size(3), canvas[0], canvas[1]};
   ATST_CHECK(mel.size(1) == 1, op, ": mel must have one channel");
   ATST_CHECK(s.canvas_bins >= s.bins && s.canvas_frames >= s.frames, op, ": canvas must be at least as large as mel");
+  ATST_CHECK(s.canvas_bins <= kMostCanvas && s.canvas_frames <= kMostCanvas, op, ": canvas must be at most ",
+             kMostCanvas, " either way");
   ATST_CHECK(slots == 0 || bank.size(1) == s.bins, op, ": bank must have the mel bins of mel");
   const int64_t* widths = per_clip<int64_t>(bank_lengths, ScalarType::Long, slots, "bank_lengths");
   const int64_t* who = per_clip<int64_t>(partner, ScalarType::Long, clips, "partner");
@@ -45,8 +49,8 @@ Tensor augment(const Tensor& mel, const Tensor& bank, const Tensor& bank_lengths
   std::vector<AugmentClip> work;
   for (int64_t b = 0; b < clips; ++b) {
     const int64_t* c = box + 4 * b;
-    ATST_CHECK(c[0] >= 0 && c[1] >= 0 && c[2] > 0 && c[3] > 0 && c[0] + c[2] <= s.canvas_bins &&
-                   c[1] + c[3] <= s.canvas_frames,
+    ATST_CHECK(c[0] >= 0 && c[1] >= 0 && c[2] > 0 && c[3] > 0 && c[0] <= s.canvas_bins - c[2] &&
+                   c[1] <= s.canvas_frames - c[3],
                op, ": crop ", b, " does not lie within the canvas");
     ATST_CHECK(who[b] >= -1 && who[b] < slots + clips, op, ": partner ", b, " is neither in the bank nor in the batch");
     const bool banked = who[b] >= 0 && who[b] < slots;

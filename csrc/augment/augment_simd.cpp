@@ -14,10 +14,17 @@ struct Taps {
   float weight[4];
 };
 
+// Rounded to float32 here and now: a product that is contracted into what it is used in keeps more digits than
+// upstream's.
+ATST_INLINE float rounded(float x) {
+  __asm__("" : "+m"(x));
+  return x;
+}
+
 // Where output `i` of `out` reads among `in` samples, indices clamped to them.
 ATST_INLINE Taps taps(int64_t i, int64_t in, int64_t out) {
   const float scale = out > 1 ? float(in - 1) / float(out - 1) : 0.0f;
-  const float position = scale * float(i);
+  const float position = rounded(scale * float(i));
   const int64_t whole = int64_t(position);
   const float t = position - float(whole), a = -0.75f;
   const float u = 1.0f - t, t1 = t + 1.0f, u1 = u + 1.0f;

@@ -125,7 +125,7 @@ Tensor add_branch(Tensor x, Tensor y, Tensor bias, double alpha, std::optional<T
   const int64_t dim = last_axis(x, op, "x");
   const float* b = row_of(bias, dim, op, "bias");
   const Items items = make_items(x, dim, kept, op);
-  ATST_CHECK(last_axis(y, op, "y") == dim && y.numel() == items.branch * items.rows * dim, op,
+  ATST_CHECK(last_axis(y, op, "y") == dim && y.numel() == items.branch * items.rows * dim && y.dim() == x.dim(), op,
              ": y must have the shape of the kept part of x");
   Tensor out = torch::stable::empty_like(x);
   float* to = out.mutable_data_ptr<float>();

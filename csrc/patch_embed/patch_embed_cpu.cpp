@@ -63,12 +63,14 @@ Tensor gather_patches(const Geometry& g, const Tensor& mel, const std::vector<in
   return out;
 }
 
-const float* optional_row(const std::optional<Tensor>& t, int64_t width, const char* op, const char* name) {
+const float* optional_rows(const std::optional<Tensor>& t, int64_t rows, int64_t width, const char* op,
+                           const char* name) {
   if (!t) return nullptr;
   check_cpu(*t, op, name);
   check_contiguous(*t, op, name);
   check_dtype(*t, ScalarType::Float, op, name);
-  ATST_CHECK(width && t->numel() % width == 0 && t->numel() >= width, op, ": ", name, " has the wrong size");
+  ATST_CHECK(t->numel() == rows * width, op, ": ", name, " must have ", rows, " x ", width, " values, got ",
+             t->numel());
   return t->const_data_ptr<float>();
 }
 
@@ -87,11 +89,12 @@ Tensor patch_embed(const Tensor& mel, const Tensor& weight, const std::optional<
   const Geometry g(op, mel, patch, stride);
   check_weight(op, g, weight);
   const int64_t width = weight.size(0), tokens = g.tokens(), total = g.clips * tokens;
-  const float* b = optional_row(bias, width, op, "bias");
-  const float* token = optional_row(mask_embed, width, op, "mask_embed");
-  const float* pos = optional_row(pos_embed, width, op, "pos_embed");
+  const float* b = optional_rows(bias, 1, width, op, "bias");
+  const float* token = optional_rows(mask_embed, 1, width, op, "mask_embed");
+  const int64_t positions = pos_embed && pos_embed->dim() > 0 ? pos_embed->size(0) : 0;
+  const float* pos = optional_rows(pos_embed, positions, width, op, "pos_embed");
   ATST_CHECK(!mask || token, op, ": mask needs mask_embed");
-  ATST_CHECK(!pos || pos_embed->numel() >= tokens * width, op, ": pos_embed has fewer rows than there are tokens");
+  ATST_CHECK(!pos_embed || positions >= tokens, op, ": pos_embed has fewer rows than there are tokens");
   const std::vector<int64_t> kept = select(op, g, mask, false);
   const Tensor product = torch::stable::matmul(gather_patches(g, mel, kept), torch::stable::transpose(weight, 0, 1));
   std::vector<int64_t> row_of(total, -1);

@@ -47,6 +47,12 @@ def test_a_row_of_zeros_stays_finite():
     assert student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("rows, others, symmetric", [(6, 1, False), (3, 3, True), (0, 0, True), (0, 0, False)])
+def test_rows_that_do_not_pair_are_refused(rows, others, symmetric):
+    with pytest.raises(ValueError, match=r"frame_loss: student and teacher must both be \[2?M, D\]"):
+        frame_loss(torch.zeros(rows, 4), torch.zeros(others, 4), symmetric=symmetric)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(dtype):
     student, teacher = torch.randn(2, 12, 8, dtype=dtype)

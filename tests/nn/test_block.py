@@ -172,3 +172,39 @@ def test_mlp_takes_the_arguments_of_its_model():
     x = torch.randn(2, 8)
     want = torch.relu(x @ mlp.fc1.weight.T + mlp.fc1.bias) @ mlp.fc2.weight.T + mlp.fc2.bias
     torch.testing.assert_close(mlp(x), want)
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("name", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+@pytest.mark.parametrize("way", ["subclass", "hook", "parametrized"])
+@pytest.mark.parametrize("selected", [False, True])
+def test_a_linear_layer_that_is_more_than_that_is_called(name, way, selected):
+    """Twice what a layer gives is what a layer of twice its weight and bias gives."""
+    block, want = Block(16, 2), Block(16, 2)
+    want.load_state_dict(block.state_dict())
+    layer, plain = block.get_submodule(name), want.get_submodule(name)
+    if way == "subclass":
+        layer.__class__ = _Doubled
+    elif way == "hook":
+        layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    else:
+        twice = type("Twice", (nn.Module,), {"forward": lambda self, x: 2 * x})
+        for key, _ in list(layer.named_parameters()):
+            torch.nn.utils.parametrize.register_parametrization(layer, key, twice())
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.mul_(2)
+    x = torch.randn(2, 5, 16)
+    select = Selection.build(torch.rand(2, 5) < 0.5) if selected else None
+    torch.testing.assert_close(block(x, select=select), want(x, select=select))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_mlp_drops_behind_both_layers(p):
+    mlp = Mlp(8, drop=p)
+    zeros = (mlp.hidden(torch.ones(100, 8)) == 0).float().mean(), (mlp(torch.ones(100, 8)) == 0).float().mean()
+    assert all(abs(float(z) - p) < 0.08 for z in zeros)

@@ -186,6 +186,60 @@ def test_reference_gradient():
     assert torch.autograd.gradcheck(lambda x: reference.resize_crop(x, (1, 2, 3, 4), (4, 8)), (x,))
 
 
+def test_quiet_values_meet_the_epsilon(isa):
+    """Below about -12 the epsilon inside the logarithm decides."""
+    x, z = torch.full((1, 1, 4, 20), -20.0), torch.full((1, 1, 4, 20), float("-inf"))
+    bank = MemoryBank(2)
+    bank.push(z)
+    near(view(x, draws(1, 4, 20, 0, 0, 0.3), bank)[0, 0], reference.log_mixup_exp(x[0, 0], z[0, 0], 0.3, 0))
+
+
+def test_a_wider_bank_keeps_its_clips():
+    bank = MemoryBank(3)
+    first = torch.rand(1, 1, 4, 5)
+    bank.push(first)
+    bank.push(torch.rand(1, 1, 4, 9))
+    assert torch.equal(bank.mels[0, :, :5], first[0, 0])
+    assert bank.lengths.tolist() == [5, 9, 0]
+
+
+def test_a_crop_may_be_higher_than_the_mel():
+    drawn = draw_augment((500, 1, 20, 4), None, torch.Generator().manual_seed(0), canvas_scale=(2.0, 1.0))
+    assert drawn.crop[:, 2].max() > 25  # up to 1.5 times 20 bins, on a canvas of 40
+
+
+def test_every_start_is_drawn():
+    bank = MemoryBank(1)
+    bank.push(torch.zeros(1, 1, 4, 12))
+    starts = {int(draw_augment((1, 1, 4, 9), bank, torch.Generator().manual_seed(i)).start) for i in range(100)}
+    assert starts == {0, 1, 2, 3}
+
+
+def test_draws_of_any_strides():
+    mel = torch.rand(2, 1, 8, 9)
+    drawn = draws(2, 8, 9, 1, 0, 0.3)
+    strided = drawn._replace(alpha=torch.tensor(0.3).expand(2), start=torch.zeros(4, dtype=torch.int64)[::2])
+    assert torch.equal(view(mel, strided), view(mel, drawn))
+
+
+def test_a_refused_push_leaves_the_bank_as_it_was():
+    bank = MemoryBank(2)
+    bank.push(torch.ones(1, 1, 4, 9))
+    with pytest.raises(ValueError, match="MemoryBank: mel must have the 4 mel bins of the bank, got 5"):
+        bank.push(torch.zeros(1, 1, 5, 12))
+    with pytest.raises(ValueError, match=r"MemoryBank: mel must be \[B, 1, F, T\]"):
+        bank.push(torch.zeros(4, 9))
+    assert bank.count == 1
+    assert torch.equal(bank.mels[0], torch.ones(4, 9))
+
+
+@pytest.mark.parametrize("mels", [None, torch.zeros(1, 4, 9), torch.zeros(2, 4, 8), torch.zeros(4, 9)])
+def test_a_state_that_does_not_fit_is_refused(mels):
+    state = {"count": 2, "mels": mels, "lengths": torch.tensor([9, 9])}
+    with pytest.raises(ValueError, match="MemoryBank: the state's mels must be"):
+        MemoryBank(2).load_state_dict(state)
+
+
 def test_opcheck():
     drawn = draws(2, 8, 9, 1, 0, 0.3, (1, 0, 5, 9))
     args = (torch.rand(2, 1, 8, 9), torch.rand(3, 8, 9), torch.full((3,), 9), *drawn[:4], [8, 9])
@@ -216,7 +270,12 @@ ERRORS = [
         r"draws.crop\[0\] must be .*canvas \(8, 9\), got",
     ),
     (lambda: view(MEL, draws(2, 8, 9, crop=(0, 0, 0, 9))), ValueError, r"draws.crop\[0\] must be"),
-    (lambda: view(MEL, draws(2, 8, 9, canvas=(7, 9))), ValueError, r"draws.canvas must be at least \(8, 9\)"),
+    (lambda: view(MEL, draws(2, 8, 9, canvas=(7, 9))), ValueError, r"draws.canvas must be from \(8, 9\)"),
+    (
+        lambda: view(MEL, draws(2, 8, 9, canvas=(2**57, 9))),
+        ValueError,
+        r"draws.canvas must be .* to 1048576 either way",
+    ),
 ]
 
 
@@ -230,7 +289,8 @@ def test_a_direct_call_with_bad_input_is_refused_too():
     good = [MEL, torch.zeros(1, 8, 9), torch.tensor([9]), *draws(2, 8, 9)[:4], [8, 9]]
     torch.ops.atst_fast.augment(*good)
     for i, bad in [(0, MEL.double()), (1, torch.zeros(1, 7, 9)), (3, torch.tensor([3, 0])), (4, torch.tensor([0])),
-                   (6, torch.tensor([[0, 0, 9, 9]] * 2)), (7, [7, 9]), (7, [8])]:  # fmt: skip
+                   (6, torch.tensor([[0, 0, 9, 9]] * 2)), (6, torch.tensor([[2**63 - 1, 0, 2**63 - 1, 9]] * 2)),
+                   (7, [7, 9]), (7, [8]), (7, [2**57, 9])]:  # fmt: skip
         args = [*good[:i], bad, *good[i + 1 :]]
         with pytest.raises(RuntimeError, match="augment: "):
             torch.ops.atst_fast.augment(*args)

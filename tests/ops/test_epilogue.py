@@ -269,7 +269,15 @@ def test_errors(call, message):
         call()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kept", [[0, 2], [1, 1], [-1, 0]])
+def test_errors_of_values(kept, dtype):
+    x = X.to(dtype)
+    with pytest.raises(ValueError, match=r"kept must name items from 0 to 1, each at most once, got \["):
+        ops.add_branch(x, x, B.to(dtype), kept=torch.tensor(kept))
+
+
 @pytest.mark.parametrize("kept, message", [([0, 2], "kept.1. = 2 is not from 0 to 1"), ([1, 1], "name an item twice")])
-def test_errors_of_values(kept, message):
+def test_errors_of_a_direct_call(kept, message):
     with pytest.raises(RuntimeError, match=message):
-        ops.add_branch(X, X, B, kept=torch.tensor(kept))
+        torch.ops.atst_fast.add_branch(X, X, B, 1.0, torch.tensor(kept))

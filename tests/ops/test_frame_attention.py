@@ -324,3 +324,39 @@ def test_a_direct_call_with_bad_input_is_refused_too():
     ]:
         with pytest.raises(RuntimeError, match="frame_attention: "):
             op(*args)
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 24), (1, 4, 24), (0, 4, 24), (4, 0, 24)])
+def test_an_axis_of_one_or_none_may_have_any_stride(shape):
+    x = torch.randn(shape[1], shape[0], 24).transpose(0, 1).requires_grad_()
+    want = x.detach().clone(memory_format=torch.contiguous_format).double().requires_grad_()
+    ops.frame_attention(x, 2).sum().backward()
+    ops.frame_attention(want, 2).sum().backward()
+    torch.testing.assert_close(x.grad, want.grad.float())
+
+
+def test_packed_without_queries_has_a_gradient():
+    q, kv = torch.zeros(0, 8, requires_grad=True), torch.randn(5, 16, requires_grad=True)
+    ops.frame_attention_packed(q, kv, torch.tensor([0, 0]), torch.tensor([0, 5]), 2).sum().backward()
+    assert torch.equal(kv.grad, torch.zeros(5, 16))
+
+
+@pytest.mark.parametrize("padded_queries", ["zero", "attend"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_padded_reaches_no_gradient(dtype, value, padded_queries):
+    x = torch.randn(2, 6, 24, dtype=dtype)
+    lengths = torch.tensor([6, 4])
+    x[1, 4:, 8:] = value  # keys and values
+    if padded_queries == "zero":
+        x[1, 4:] = value
+    x.requires_grad_()
+    ops.frame_attention(x, 2, lengths=lengths, padded_queries=padded_queries)[:, :4].sum().backward()
+    assert x.grad[0].isfinite().all()
+    assert x.grad[1, :4].isfinite().all()
+
+
+def test_columns_of_a_wider_tensor():
+    wide = torch.randn(2, 5, 40)
+    for x in (wide[..., :24], wide[..., ::2][..., :18], wide.transpose(0, 1)[:, :, :24]):
+        torch.testing.assert_close(ops.frame_attention(x, 2), ops.frame_attention(x.double(), 2).float())

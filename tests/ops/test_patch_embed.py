@@ -152,6 +152,20 @@ def test_reference_gradient():
     assert torch.autograd.gradcheck(lambda *v: run(dict(zip(names, v)), mask, (3, 2), (2, 1)), tuple(named.values()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shorter_than_a_patch(dtype):
+    mel, weight, pos = (torch.zeros(s, dtype=dtype) for s in ((2, 1, 64, 3), (8, 256), (0, 8)))
+    assert ops.patch_embed(mel, weight, pos_embed=pos).shape == (2, 0, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_mask_no_gradient_of_the_mask_token(dtype):
+    """An optimizer decays what has a gradient, be it zero, and leaves alone what has none."""
+    mel, weight, token = (torch.zeros(s, dtype=dtype, requires_grad=True) for s in ((1, 1, 64, 8), (8, 256), (8,)))
+    ops.patch_embed(mel, weight, mask_embed=token).sum().backward()
+    assert token.grad is None
+
+
 def test_opcheck():
     named, mask, _ = problem(2, 16, 12, (8, 4), (4, 4), 6, True)
     args = (named["mel"], named["weight"], named["bias"], mask)
@@ -206,6 +220,7 @@ def test_a_direct_call_with_bad_input_is_refused_too():
         (MEL.double(), WEIGHT, None, None, None, None, [64, 4], [64, 4]),
         (MEL, WEIGHT[:, :9].contiguous(), None, None, None, None, [64, 4], [64, 4]),
         (MEL, WEIGHT, torch.zeros(7), None, None, None, [64, 4], [64, 4]),
+        (MEL, WEIGHT, torch.zeros(16), None, None, None, [64, 4], [64, 4]),
         (MEL, WEIGHT, None, torch.zeros(2, 2, dtype=torch.bool), None, None, [64, 4], [64, 4]),
         (MEL, WEIGHT, None, None, None, torch.zeros(1, 8), [64, 4], [64, 4]),
         (MEL, WEIGHT, None, None, None, None, [64], [64, 4]),
