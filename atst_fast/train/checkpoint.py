@@ -93,8 +93,10 @@ def load(path: Path) -> Loaded:
         raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
     try:
         config = json.loads(metadata["config"])
+        if not isinstance(config, dict):
+            raise TypeError(config)
         return Loaded(weights, config, int(metadata["step"]))
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path} was not written by atst-fast pretrain: no configuration in its metadata") from error
 
 
@@ -123,22 +125,42 @@ def find(path: Path) -> Path:
     return path
 
 
+def run_of(path: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to; of a copy elsewhere, the folder it lies in."""
+    folder = path.parent if path.parent.name else path.absolute().parent
+    return folder.parent if folder.name == FOLDER else folder
+
+
 def load_encoder(path: Path | str, which: str = "teacher") -> LoadedEncoder:
     """The encoder of a checkpoint or of a run's last one, in eval mode; ``which`` is "teacher" or "student"."""
     from atst_fast.models import FrameEncoder
+    from atst_fast.nn import LogMelSpectrogram
 
     if which not in ("teacher", "student"):
         raise ValueError(f"load_encoder: which must be 'teacher' or 'student', got {which!r}")
     loaded = load(Path(path))
     prefix = f"{PREFIX}{which}.encoder."
     weights = {k.removeprefix(prefix): v for k, v in loaded.weights.items() if k.startswith(prefix)}
-    settings = {k: v for k, v in loaded.config["model"].items() if k not in ("hidden", "out", "symmetric")}
-    encoder = FrameEncoder(**(settings | {"patch": tuple(settings["patch"])}))
+    try:
+        settings = {k: v for k, v in loaded.config["model"].items() if k not in ("hidden", "out", "symmetric")}
+        encoder = FrameEncoder(**(settings | {"patch": tuple(settings["patch"])}))
+        front_end = dict(loaded.config["front_end"])
+        LogMelSpectrogram(**front_end)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: its configuration describes no encoder ({error!r})") from error
+    if front_end.get("n_mels", encoder.n_mels) != encoder.n_mels:
+        bands = f"{encoder.n_mels} mel bands in the encoder, {front_end['n_mels']} in the front end"
+        raise UserError(f"{path}: its configuration contradicts itself: {bands}")
     try:
         encoder.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{path}: its weights do not fit its own configuration: {error}") from error
-    return LoadedEncoder(encoder.eval().requires_grad_(False), loaded.config["front_end"])
+        reason = " ".join(str(error).split())  # torch lists every key
+        reason = reason if len(reason) <= 300 else f"{reason[:300]} ..."
+        raise UserError(f"{path}: its weights do not fit its own configuration: {reason}") from error
+    broken = [k for k, v in weights.items() if not v.isfinite().all()]
+    if broken:
+        raise UserError(f"{path}: {len(broken)} of its weights are not finite, the first one {broken[0]}")
+    return LoadedEncoder(encoder.eval().requires_grad_(False), front_end)
 
 
 def load_model(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:

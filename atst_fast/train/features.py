@@ -14,6 +14,7 @@ from atst_fast.train.config import UserError
 from atst_fast.train.metrics import Event
 
 BATCH = 16  # chunks that go through the encoder together
+LONGEST = 100_000  # seconds, of a labelled file: more than a day; beyond it the times are of another unit
 
 
 @dataclass(frozen=True)
@@ -34,39 +35,55 @@ class Features:
 
 
 def read_labels(path: Path) -> list[Labelled]:
-    """The lines of a JSONL file, ``{"file", "labels", "events": [{"label", "onset", "offset"}]}``.
+    """The lines of a JSONL file (UTF-8), ``{"file", "labels", "events": [{"label", "onset", "offset"}]}``.
 
-    ``file`` is relative to the JSONL file; seconds. One of ``labels`` and ``events`` is enough. Raises UserError naming
-    the line.
+    ``file`` is relative to the JSONL file; seconds. One of ``labels`` and ``events`` is enough; with both, the events'
+    labels are among them. Raises UserError naming the line.
     """
     if not path.is_file():
         raise UserError(f"there is no labels file {path}: expected one JSON object per line with file, labels, events")
     files = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # a label may hold what str.splitlines splits at
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
-            events = row.get("events")
-            if events is not None:
-                events = tuple(Event(str(e["label"]), float(e["onset"]), float(e["offset"])) for e in events)
-            labels = row["labels"] if events is None else row.get("labels", [e.label for e in events])
-            files.append(Labelled(path.parent / row["file"], tuple(sorted(set(map(str, labels)))), events))
+            files.append(_labelled(path.parent, json.loads(line.decode("utf-8-sig"))))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             expected = '{"file": ..., "labels": [...], "events": [{"label", "onset", "offset"}]}'
-            raise UserError(f"{path}, line {number}: expected {expected}, got {line[:120]!r} ({error!r})") from error
+            got = line[:120].decode(errors="backslashreplace")
+            raise UserError(f"{path}, line {number}: expected {expected}, got {got!r} ({error!r})") from error
     if not files:
         raise UserError(f"{path} is empty")
     return files
 
 
+def _labelled(folder: Path, row: dict[str, Any]) -> Labelled:
+    """One line of a labels file; ValueError, KeyError, TypeError or AttributeError where it is none."""
+    events = row.get("events")
+    if events is not None:
+        events = tuple(Event(str(e["label"]), float(e["onset"]), float(e["offset"])) for e in events)
+    labels = row["labels"] if events is None else row.get("labels", [e.label for e in events])
+    if not isinstance(labels, list):
+        raise TypeError(f"labels must be a list, got {labels!r}")
+    labels = tuple(sorted(set(map(str, labels))))
+    for event in events or ():
+        if event.label not in labels:
+            raise ValueError(f"an event has the label {event.label!r}, which is not among the labels")
+        if not 0 <= event.onset <= event.offset <= LONGEST:  # not so for nan either
+            raise ValueError(f"0 <= onset <= offset <= {LONGEST} must hold, got {event.onset} and {event.offset}")
+    return Labelled(folder / row["file"], labels, events)
+
+
 def log_mels(files: Sequence[Labelled], front_end: dict[str, Any]) -> list[Tensor]:
     """The log-mel spectrogram float32 ``[n_mels, T]`` of every file."""
     from atst_fast.nn import LogMelSpectrogram
-    from atst_fast.train.audio import AudioError, read
+    from atst_fast.train.audio import AudioError, probe, read
 
     spectrogram = LogMelSpectrogram(**front_end)
     mels = []
     for file in files:
         try:
+            probe(file.path)  # which knows what is too short
             mels.append(spectrogram(torch.from_numpy(read(file.path))[None])[0])
         except AudioError as error:
             raise UserError(f"{file.path}: {error}") from error

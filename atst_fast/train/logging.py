@@ -122,6 +122,17 @@ class RunLog:
         self._collapsed = bool(low)
 
 
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log.jsonl; half a line, which a full disk or a power cut leaves at its end, is left out."""
+    rows = []
+    for line in log.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, AttributeError):
+            row = json.loads(line)
+            if {"step", "loss", "std_student", "std_teacher"} <= row.keys():
+                rows.append(row)
+    return rows
+
+
 def forget(log: Path, steps: int) -> None:
     """Drop the lines of a JSONL log past ``steps`` (and half a line at its end): the run goes on from there."""
     if not log.exists():

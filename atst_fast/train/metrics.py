@@ -1,6 +1,7 @@
 """Scores of clip-level tagging and of sound event detection, on events (label, onset, offset) in seconds.
 
-Segment and event F1 count as sed_eval does: ``segment_based`` and ``event_based`` with optimal matching.
+Segment and event F1 count as sed_eval does: ``segment_based`` and ``event_based`` with optimal matching. Only times
+that differ by the collar to the microsecond count as within it here, where sed_eval leaves them to float rounding.
 """
 
 import math

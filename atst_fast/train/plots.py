@@ -1,6 +1,5 @@
 """The pictures of a run: loss curve, events over a spectrogram, confusion matrix. PNG files, no display needed."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from atst_fast.train.config import UserError
+from atst_fast.train.logging import read_log
 from atst_fast.train.metrics import Event
 
 TRUE, PREDICTED = "#1b9e77", "#d95f02"
@@ -22,7 +22,7 @@ def _figure(width: float, height: float, **layout: Any) -> Any:
 
 def loss_curve(log: Path, path: Path) -> None:
     """Loss and output deviations of a run's ``log.jsonl`` over its steps. UserError when the log has no lines."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = read_log(log)
     if not rows:
         raise UserError(f"{log} has no lines: nothing to draw")
     steps = np.array([row["step"] for row in rows])

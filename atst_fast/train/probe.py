@@ -46,7 +46,7 @@ class ProbeConfig:
     data: Path = Path("demo_data")
     """folder with train.jsonl and test.jsonl: {"file", "labels", "events": [{"label", "onset", "offset"}]} per line"""
     out: Path | None = None
-    """folder for results and pictures; default: probe/ beside the checkpoints"""
+    """folder for results and pictures; default: probe/ in the folder of the run, or beside a checkpoint of none"""
     encoder: Literal["teacher", "student"] = "teacher"
     """which network of the run"""
     blocks: int | None = None
@@ -189,15 +189,17 @@ def probe(config: ProbeConfig) -> Path:
     console, task = Console(), load_task(config.data)
     path = checkpoint.find(config.run)
     encoder, front_end = checkpoint.load_encoder(path, config.encoder)
-    out = config.out or path.parent.parent / "probe"
+    if config.blocks is not None and not 1 <= config.blocks <= len(encoder.blocks):
+        raise UserError(f"--blocks must be between 1 and {len(encoder.blocks)} in this encoder, got {config.blocks}")
+    out = config.out or checkpoint.run_of(path) / "probe"
     make_out(out)
     with Progress(console=console, transient=True) as progress:
         fits = compare(task, encoder, front_end, config, progress)
     results = summarise(fits)
     console.print(table(results, config))
     write_results(out, config, path, task, results)
-    draw(out, task, front_end, fits["pretrained"][0], path)
-    console.print(summary(path.parent.parent, results, out))
+    pictures = draw(out, task, front_end, fits["pretrained"][0], checkpoint.run_of(path) / "log.jsonl")
+    console.print(summary(path, results, out, pictures))
     return out
 
 
@@ -281,10 +283,19 @@ def write_results(out: Path, config: ProbeConfig, path: Path, task: Task, result
         "labels": task.labels,
         "files": {"train": len(task.train), "test": len(task.test)},
         "a seed varies": "held-out fifth of the training files, frames used, weights of the random encoder",
-        "results": results,
+        "results": _json(results),
     }
     with explain(f"write {out / 'probe.json'}"):
         write_atomically(out / "probe.json", lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
+
+
+def _json(value: Any) -> Any:
+    """Numbers that JSON does not know (nan: no test file has what is counted) as null."""
+    if isinstance(value, dict):
+        return {k: _json(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_json(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def confusion(task: Task, fitted: Fitted) -> np.ndarray:
@@ -305,16 +316,25 @@ def typical(task: Task, fitted: Fitted) -> tuple[int, list[Event]]:
     return index, found[index]
 
 
-def draw(out: Path, task: Task, front_end: dict[str, Any], fitted: Fitted, path: Path) -> None:
-    """The pictures: loss curve (where the run has a log), and events and confusion (where the data has events)."""
-    from atst_fast.train import plots
+def draw(out: Path, task: Task, front_end: dict[str, Any], fitted: Fitted, log: Path) -> list[str]:
+    """The pictures: loss curve (where the run has a log), and events and confusion (where the data has events).
 
-    log = path.parent.parent / "log.jsonl"
-    if log.is_file():
+    Returns their names; those that an earlier probe left and that this one does not draw go.
+    """
+    from atst_fast.train import plots
+    from atst_fast.train.logging import read_log
+
+    drawn = []
+    if log.is_file() and read_log(log):
         plots.loss_curve(log, out / "loss.png")
+        drawn += ["loss.png"]
     if task.has_events:
         index, predicted = typical(task, fitted)
         file = task.test[index]
         mel = log_mels([file], front_end)[0].numpy()
         plots.events(mel, file.events or (), predicted, out / "events.png", title=file.path.name)
         plots.confusion(confusion(task, fitted), task.labels, out / "confusion.png")
+        drawn += ["confusion.png", "events.png"]
+    for name in {"loss.png", "confusion.png", "events.png"} - set(drawn):
+        (out / name).unlink(missing_ok=True)
+    return sorted(drawn)

@@ -1,17 +1,21 @@
 """The last screen of a run: what was learned, how it went, and where everything lies."""
 
-import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from atst_fast.train import checkpoint
+from atst_fast.train.logging import read_log
 
 
-def summary(run: Path, results: dict[str, Any], pictures: Path) -> Any:
-    """A rich panel about the run in folder ``run`` whose probe gave ``results`` (as in ``probe.json``)."""
+def summary(path: Path, results: dict[str, Any], out: Path, pictures: Sequence[str]) -> Any:
+    """A rich panel about the run of checkpoint ``path``, whose probe gave ``results`` (as in ``probe.json``) and drew
+    the files ``pictures`` into the folder ``out``."""
     from rich.panel import Panel
     from rich.table import Table
 
+    run = checkpoint.run_of(path)
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="bold")
     rows.add_column(overflow="fold")
@@ -20,20 +24,26 @@ def summary(run: Path, results: dict[str, Any], pictures: Path) -> Any:
             rows.add_row(f"learned, {name}", verdict(results, metric))
     for name, text in course(run / "log.jsonl"):
         rows.add_row(name, text)
-    rows.add_row("checkpoint", str(checkpoint.find(run)))
-    rows.add_row("pictures", ", ".join(sorted(p.name for p in pictures.glob("*.png"))) + f" in {pictures}")
-    rows.add_row("numbers", f"{pictures / 'probe.json'}, {run / 'log.jsonl'}, {run / 'config.json'}")
-    rows.add_row("TensorBoard", f"tensorboard --logdir {run / 'tensorboard'}")
+    rows.add_row("checkpoint", str(path))
+    rows.add_row("pictures", f"{', '.join(pictures)} in {out}" if pictures else "none")
+    numbers = [out / "probe.json", *(p for p in (run / "log.jsonl", run / "config.json") if p.exists())]
+    rows.add_row("numbers", ", ".join(map(str, numbers)))
+    if (run / "tensorboard").exists():
+        rows.add_row("TensorBoard", f"tensorboard --logdir {run / 'tensorboard'}")
     rows.add_row("on your audio", "atst-fast pretrain --data FOLDER --out runs/mine --arch small")
     rows.add_row("", "atst-fast probe --run runs/mine --data FOLDER (with train.jsonl and test.jsonl)")
     return Panel(rows, title=f"{run}", expand=False)
 
 
 def verdict(results: dict[str, Any], metric: str) -> str:
-    """Pretrained beside random and log-mel, and whether the first two are apart by more than their spread."""
+    """Pretrained beside random and log-mel, and whether the first two are apart by more than twice their spread."""
     ours, random, plain = (results[name][metric] for name in ("pretrained", "random", "log-mel"))
     gain, spread = ours["mean"] - random["mean"], (ours["std"] ** 2 + random["std"] ** 2) ** 0.5
-    if abs(gain) <= 2 * spread:
+    if math.isnan(gain):
+        said = "not measured: no test file has what it counts"
+    elif len(ours["values"]) < 2:
+        said = "one seed has no spread to compare with"
+    elif abs(gain) <= 2 * spread:
         said = "no clear difference"
     else:
         said = "pretraining helps" if gain > 0 else "pretraining does not help yet"
@@ -43,7 +53,7 @@ def verdict(results: dict[str, Any], metric: str) -> str:
 
 def course(log: Path) -> list[tuple[str, str]]:
     """Loss, deviation and speed from first to last, of a run's log; nothing where it has none."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    rows = read_log(log) if log.is_file() else []
     if not rows:
         return []
     first, last, rates = rows[0], rows[-1], sorted(row["clips_per_s"] for row in rows if "clips_per_s" in row)

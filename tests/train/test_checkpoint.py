@@ -114,6 +114,51 @@ def test_errors_name_the_file(model, tmp_path):
         checkpoint.load(other)
 
 
+@pytest.mark.parametrize("config", ["null", "[]", "3"])
+def test_a_configuration_that_is_none(model, tmp_path, config):
+    path = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(3)}, path, {"config": config, "step": "1"})
+    with pytest.raises(UserError, match=r"other\.safetensors was not written by atst-fast pretrain"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    "part, change, message",
+    [
+        ("model", {"arch": "huge"}, "describes no encoder"),
+        ("model", {"colour": "red"}, "describes no encoder .*colour"),
+        ("model", {"patch": None}, "describes no encoder"),
+        ("front_end", {"colour": "red"}, "describes no encoder .*colour"),
+        ("front_end", {"n_mels": 80}, "64 mel bands in the encoder, 80 in the front end"),
+    ],
+)
+def test_a_configuration_that_describes_no_encoder(model, tmp_path, part, change, message):
+    loaded = checkpoint.load(save(tmp_path, model, 1))
+    config = loaded.config | {part: loaded.config[part] | change}
+    checkpoint.save(tmp_path, 2, model.state_dict(), {}, config, 2)
+    with pytest.raises(UserError, match=message):
+        checkpoint.load_encoder(tmp_path)
+    checkpoint.save(tmp_path, 3, model.state_dict(), {}, {k: v for k, v in config.items() if k != part}, 2)
+    with pytest.raises(UserError, match=f"describes no encoder .KeyError.'{part}'"):
+        checkpoint.load_encoder(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_no_encoder(model, tmp_path):
+    with torch.no_grad():
+        model.teacher.encoder.norm_frame.weight[0] = float("nan")
+    save(tmp_path, model, 1)
+    with pytest.raises(UserError, match=r"1 of its weights are not finite, the first one norm_frame\.weight"):
+        checkpoint.load_encoder(tmp_path)
+
+
+def test_the_run_of_a_checkpoint(tmp_path, monkeypatch):
+    inside = tmp_path / checkpoint.FOLDER / "step-00000001.safetensors"
+    inside.parent.mkdir()
+    assert checkpoint.run_of(inside) == checkpoint.run_of(tmp_path / "copy.safetensors") == tmp_path
+    monkeypatch.chdir(inside.parent)
+    assert checkpoint.run_of(type(inside)(inside.name)) == tmp_path
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
 def test_damaged_files(model, tmp_path, share):
     path = save(tmp_path, model, 1)
@@ -134,8 +179,9 @@ def test_weights_that_do_not_fit_their_configuration(model, tmp_path):
     loaded = checkpoint.load(path)
     loaded.config["model"]["arch"] = {**SIZE, "dim": 48}
     checkpoint.save(tmp_path, 2, {k[6:]: v for k, v in loaded.weights.items()}, {}, loaded.config, 2)
-    with pytest.raises(UserError, match="do not fit its own configuration"):
+    with pytest.raises(UserError, match="do not fit its own configuration") as error:
         checkpoint.load_encoder(tmp_path)
+    assert len(str(error.value)) < 500
 
 
 def test_the_state_cannot_run_code(model, tmp_path):

@@ -28,13 +28,13 @@ def _count(path, colour):
 def test_loss_curve(tmp_path, lines):
     log = tmp_path / "log.jsonl"
     rows = [{"step": 10 * i, "loss": 1 / (i + 1), "std_student": 0.05, "std_teacher": 0.06} for i in range(lines)]
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "lo')  # a power cut
     plots.loss_curve(log, tmp_path / "loss.png")
     assert _pixels(tmp_path / "loss.png").std() > 10
 
 
 def test_an_empty_log_is_named(tmp_path):
-    (tmp_path / "log.jsonl").write_text("")
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "lo')
     with pytest.raises(UserError, match="has no lines"):
         plots.loss_curve(tmp_path / "log.jsonl", tmp_path / "loss.png")
 

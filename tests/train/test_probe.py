@@ -10,6 +10,7 @@ import torch
 
 from atst_fast.models import ATSTFrame, FrameEncoder
 from atst_fast.train import checkpoint
+from atst_fast.train import probe as module
 from atst_fast.train.config import UserError
 from atst_fast.train.features import (
     Features,
@@ -20,7 +21,19 @@ from atst_fast.train.features import (
     read_labels,
 )
 from atst_fast.train.metrics import Event, roll
-from atst_fast.train.probe import ProbeConfig, Task, confusion, fit, load_task, probe, summarise, table, typical
+from atst_fast.train.probe import (
+    ProbeConfig,
+    Task,
+    confusion,
+    draw,
+    fit,
+    load_task,
+    probe,
+    summarise,
+    table,
+    typical,
+)
+from atst_fast.train.summary import summary
 from tests.tolerances import CHUNKED_FEATURES
 
 pytest.importorskip("sklearn", reason="needs the extra eval")
@@ -64,6 +77,7 @@ def run(tmp_path_factory):
     checkpoint.save(folder, 5, model.state_dict(), {}, {"model": model.config, "front_end": front_end}, keep=1)
     rows = [{"step": i, "loss": 1.0, "std_student": 0.05, "std_teacher": 0.05} for i in range(5)]
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tensorboard").mkdir()
     return folder
 
 
@@ -174,6 +188,17 @@ def test_a_label_that_is_always_there_needs_no_classifier():
 @pytest.mark.parametrize(
     "line, message",
     [
+        ('{"file": "x.wav", "labels": "piano"}', r"line 2: .*labels must be a list, got 'piano'"),
+        ('{"file": "x.wav", "labels": ["caf\udce9"]}', "line 2"),  # Latin-1
+        (
+            '{"file": "x.wav", "labels": ["b"], "events": [{"label": "a", "onset": 1, "offset": 2}]}',
+            "line 2: .*the label 'a', which is not among the labels",
+        ),
+        ('{"file": "x.wav", "events": [{"label": "a", "onset": NaN, "offset": 2}]}', "line 2: .*must hold, got nan"),
+        ('{"file": "x.wav", "events": [{"label": "a", "onset": 0, "offset": Infinity}]}', "line 2: .*got 0.0 and inf"),
+        ('{"file": "x.wav", "events": [{"label": "a", "onset": -1, "offset": 2}]}', "line 2: .*got -1.0 and 2.0"),
+        ('{"file": "x.wav", "events": [{"label": "a", "onset": 2, "offset": 1}]}', "line 2: .*got 2.0 and 1.0"),
+        ('{"file": "x.wav", "events": [{"label": "a", "onset": 2, "offset": 1e9}]}', "line 2: .*offset <= 100000"),
         ('{"labels": ["a"]}', "line 2"),
         ('{"file": "x.wav"}', "line 2"),
         ('{"file": "x.wav", "events": [{"label": "a", "onset": 1}]}', "line 2"),
@@ -181,9 +206,94 @@ def test_a_label_that_is_always_there_needs_no_classifier():
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):
-    (tmp_path / "train.jsonl").write_text('{"file": "x.wav", "labels": ["a"]}\n' + line + "\n")
+    text = '{"file": "x.wav", "labels": ["a"]}\n' + line + "\n"
+    (tmp_path / "train.jsonl").write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match=message):
         read_labels(tmp_path / "train.jsonl")
+
+
+def test_any_line_of_utf8_is_read(tmp_path):
+    rows = [{"file": "x.wav", "labels": ["a\u2028b", "é"]}, {"file": "y.wav", "labels": []}]
+    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n\n"
+    (tmp_path / "train.jsonl").write_bytes(text.encode("utf-8-sig"))
+    files = read_labels(tmp_path / "train.jsonl")
+    assert [f.labels for f in files] == [("a\u2028b", "é"), ()]
+
+
+def test_a_file_too_short_for_a_patch_is_named(tmp_path):
+    soundfile.write(tmp_path / "blip.wav", np.zeros(400, np.int16), 16000)
+    with pytest.raises(UserError, match=r"blip\.wav: too short: 400 samples"):
+        log_mels([Labelled(tmp_path / "blip.wav", ("a",), None)], {})
+
+
+def test_a_checkpoint_of_no_run(run, data, tmp_path, capsys, monkeypatch):
+    """A copy of a checkpoint, with labels that no test file has, into a folder with pictures of another probe."""
+    monkeypatch.setenv("COLUMNS", "400")
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(checkpoint.find(run).read_bytes())
+    for split in ("train", "test"):
+        rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
+        rows = [{"file": str(data / row["file"]), "labels": row["labels"] if split == "train" else []} for row in rows]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "probe").mkdir()
+    for name in ("events.png", "mine.png"):
+        (tmp_path / "probe" / name).write_text("")
+    assert probe(ProbeConfig(run=copy, data=tmp_path, seeds=1)) == tmp_path / "probe"
+    assert {p.name for p in (tmp_path / "probe").iterdir()} == {"probe.json", "mine.png"}
+    record = json.loads((tmp_path / "probe/probe.json").read_text(), parse_constant=pytest.fail)
+    assert record["results"]["pretrained"]["clip_map"]["mean"] is None
+    shown = capsys.readouterr().out
+    assert str(copy) in shown
+    assert "not measured" in shown
+    assert "tensorboard" not in shown
+
+
+def test_an_older_checkpoint_is_the_one_that_is_named(run, data, tmp_path):
+    for name in ("step-00000005", "step-00000009"):
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / f"checkpoints/{name}.safetensors").write_bytes(checkpoint.find(run).read_bytes())
+    path = tmp_path / "checkpoints/step-00000005.safetensors"
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "lo')
+    results = {name: {"clip_top1": {}} for name in ("pretrained", "random", "log-mel")}
+    panel = summary(path, results, tmp_path / "probe", ["a.png"])
+    text = [str(cell) for column in panel.renderable.columns for cell in column.cells]
+    assert str(path) in text
+    assert not any("step-00000009" in cell for cell in text)
+    assert f"a.png in {tmp_path / 'probe'}" in text
+    assert draw(tmp_path, Task([Labelled("x", ("a",), None)], [], ["a"]), {}, None, tmp_path / "log.jsonl") == []
+
+
+def test_the_thresholds_are_those_of_the_files_held_out(data, monkeypatch):
+    """And not of the test files, which would be a leak."""
+    task, seen = load_task(data), []
+    train, test = (mel_features(log_mels(files, {}), 4) for files in (task.train, task.test))
+    real = module.best_thresholds
+    monkeypatch.setattr(module, "best_thresholds", lambda scores, truth: seen.append(truth) or real(scores, truth))
+    fit(task, train, test, 0, CONFIG)
+    held = np.random.default_rng(0).permutation(len(task.train))[: len(task.train) // 5]
+    rolls = [roll(task.train[i].events, task.labels, len(train.frames[i])) for i in held]
+    assert np.array_equal(seen[0], np.concatenate(rolls))
+
+
+def test_the_regularisation_is_chosen_on_the_files_held_out(data, monkeypatch):
+    """Whichever classifier is the best one there is taken, wherever it stands in the list."""
+    task = load_task(data)
+    task = replace(task, train=[replace(f, events=None) for f in task.train])
+    features = [mel_features(log_mels(files, {}), 4) for files in (task.train, task.test)]
+    truth = {}  # of each file by its features
+    for f, files in zip(features, (task.train, task.test)):
+        truth |= {row.tobytes(): y for row, y in zip(f.clips, task.clips(files))}
+    for good in range(len(module.CLIP_C)):
+
+        class Fake:
+            def __init__(self, x, y, c, *rest, good=module.CLIP_C[good]):
+                self.sign = 1 if c == good else -1
+
+            def __call__(self, x):
+                return self.sign * np.array([truth[row.tobytes()] for row in x], float)
+
+        monkeypatch.setattr(module, "Classifiers", Fake)
+        assert fit(task, *features, 0, CONFIG).values["clip_map"] == 1
 
 
 def test_unusable_tasks_are_named(tmp_path, data, run):
@@ -199,3 +309,6 @@ def test_unusable_tasks_are_named(tmp_path, data, run):
         probe(ProbeConfig(run=run, data=tmp_path, out=tmp_path / "out"))
     with pytest.raises(UserError, match="--seeds"):
         probe(ProbeConfig(run=run, data=data, seeds=0))
+    for blocks in (-1, 0, 3):
+        with pytest.raises(UserError, match=f"--blocks must be between 1 and 2 in this encoder, got {blocks}"):
+            probe(ProbeConfig(run=run, data=data, blocks=blocks, out=tmp_path / "out"))
