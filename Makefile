@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
 DATA ?= demo_data
-RECIPE ?= --arch tiny --batch-size 32 --clip-seconds 2 --steps 2000 --lr 4e-3 --momentum 0.99 --hidden 1024 \
+RECIPE ?= --arch tiny --batch-size 32 --clip-seconds 2 --steps 2500 --lr 4e-3 --momentum 0.99 --hidden 1024 \
 	--bank-size 512 --final-weight-decay 0.04 --warmup-steps 200 --drop-path 0 --log-every 50
 
 BIN := $(VENV)/bin

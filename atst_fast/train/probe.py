@@ -35,6 +35,7 @@ METRICS = {
 }
 CLIP_C = (0.01, 0.1, 1.0, 10.0, 100.0)
 FRAME_C = 1.0
+NEWTON_WIDTH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +50,8 @@ class ProbeConfig:
     """folder for results and pictures; default: probe/ in the folder of the run, or beside a checkpoint of none"""
     encoder: Literal["teacher", "student"] = "teacher"
     """which network of the run"""
-    blocks: int | None = None
-    """how many of the last blocks to read, side by side; default: all"""
+    blocks: int = 1
+    """how many of the last blocks to read, side by side"""
     seeds: int = 3
     """repetitions: each draws its own fifth of the training files for validation, and its own random encoder"""
     max_frames: int = 15000
@@ -107,9 +108,12 @@ class Classifiers:
 
         self.mean, self.std = x.mean(axis=0), x.std(axis=0) + 1e-6
         x, self.models = self._scale(x), []
+        # Newton's method converges in a few steps of D^3 operations; where that is too many, a fixed number of cheap ones
+        newton = x.shape[1] <= NEWTON_WIDTH
+        solver = {"solver": "newton-cholesky"} if newton else {"solver": "lbfgs", "max_iter": 1000}
         for column in y.T:
             several = column.any() and not column.all()
-            self.models.append(LogisticRegression(C=c, max_iter=300).fit(x, column) if several else column[0])
+            self.models.append(LogisticRegression(C=c, **solver).fit(x, column) if several else column[0])
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Log-odds ``[n, labels]``."""
@@ -189,7 +193,7 @@ def probe(config: ProbeConfig) -> Path:
     console, task = Console(), load_task(config.data)
     path = checkpoint.find(config.run)
     encoder, front_end = checkpoint.load_encoder(path, config.encoder)
-    if config.blocks is not None and not 1 <= config.blocks <= len(encoder.blocks):
+    if not 1 <= config.blocks <= len(encoder.blocks):
         raise UserError(f"--blocks must be between 1 and {len(encoder.blocks)} in this encoder, got {config.blocks}")
     out = config.out or checkpoint.run_of(path) / "probe"
     make_out(out)
@@ -207,7 +211,7 @@ def compare(
     task: Task, encoder: Any, front_end: dict[str, Any], config: ProbeConfig, progress: Any
 ) -> dict[str, list[Fitted]]:
     """The probes of all seeds on each kind of features."""
-    blocks = len(encoder.blocks) if config.blocks is None else config.blocks
+    blocks = config.blocks
     bar = progress.add_task("log-mel", total=3 * config.seeds)
     mels = [log_mels(files, front_end) for files in (task.train, task.test)]
 
