@@ -10,6 +10,8 @@ RECIPE ?= --arch tiny --batch-size 32 --clip-seconds 2 --steps 2500 --lr 4e-3 --
 	--bank-size 512 --final-weight-decay 0.04 --warmup-steps 200 --drop-path 0 --log-every 50
 
 BIN := $(VENV)/bin
+# says which torch and which Python the environment was made with: another one makes it anew
+READY := $(VENV)/.ready-$(subst /,_,$(TORCH))-$(notdir $(PYTHON))
 PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
@@ -25,7 +27,7 @@ help:
 
 # torch goes in first and alone: the build needs its headers, and the extras must not choose another one.
 # tinysoundfont goes in without pyaudio, which it declares but needs only to play through a sound card.
-$(VENV)/.ready: pyproject.toml
+$(READY): pyproject.toml
 	@echo "== environment: $(VENV), $(TORCH)"
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed; name one with PYTHON=...')"
 	$(PYTHON) -m venv $(VENV)
@@ -33,9 +35,10 @@ $(VENV)/.ready: pyproject.toml
 	$(PIP) install -q "setuptools>=77" wheel "pybind11>=2.13" "ninja>=1.11"
 	$(PIP) install -q --no-deps tinysoundfont==0.3.7
 	$(PIP) install --no-build-isolation -e ".[train,eval,demo,test]"
-	@touch $@
+	@rm -f $(VENV)/.ready*
+	@touch "$@"
 
-env: $(VENV)/.ready
+env: $(READY)
 
 build: env
 	@echo "== build"

@@ -108,7 +108,7 @@ class Classifiers:
 
         self.mean, self.std = x.mean(axis=0), x.std(axis=0) + 1e-6
         x, self.models = self._scale(x), []
-        # Newton's method converges in a few steps of D^3 operations; where that is too many, a fixed number of cheap ones
+        # Newton's method converges in a few steps of D^3 operations; where that is too many, there are cheaper steps
         newton = x.shape[1] <= NEWTON_WIDTH
         solver = {"solver": "newton-cholesky"} if newton else {"solver": "lbfgs", "max_iter": 1000}
         for column in y.T:
