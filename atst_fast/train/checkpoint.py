@@ -45,8 +45,12 @@ class LoadedEncoder(NamedTuple):
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [(int(m[1]), p) for p in (run / FOLDER).glob("*.safetensors") if (m := _NAME.fullmatch(p.name))]
-    return [p for _, p in sorted(found)]
+    return sorted((p for p in (run / FOLDER).glob("*.safetensors") if _NAME.fullmatch(p.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a run's checkpoint."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def state_path(weights: Path) -> Path:

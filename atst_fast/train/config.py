@@ -121,11 +121,12 @@ def check(config: PretrainConfig) -> None:
         "win_length": (1 <= config.win_length <= 1024, "between 1 and 1024 (n_fft)"),
         "mask_ratio": (0 < config.mask_ratio < 1, "between 0 and 1"),
         "mask_len": (config.mask_len >= 1, "at least 1"),
+        "bank_size": (config.bank_size >= 1, "at least 1"),
         "hidden": (config.hidden >= 1, "at least 1"),
         "drop_path": (0 <= config.drop_path < 1, "0 or more and less than 1"),
         "crops_per_clip": (config.crops_per_clip is None or config.crops_per_clip >= 1, "at least 1"),
         "subset": (config.subset is None or config.subset >= config.batch_size, "at least batch_size"),
-        "seed": (config.seed >= 0, "0 or more"),
+        "seed": (0 <= config.seed < 2**63, "0 or more and less than 2^63"),
         "workers": (config.workers is None or config.workers >= 1, "at least 1"),
         "prefetch": (config.prefetch >= 1, "at least 1"),
         "log_every": (config.log_every >= 1, "at least 1"),
@@ -135,6 +136,12 @@ def check(config: PretrainConfig) -> None:
     for name, (fine, expected) in rules.items():
         if not fine:
             raise UserError(f"--{name.replace('_', '-')} must be {expected}, got {getattr(config, name)!r}")
+    patches = (config.samples // 160 + 1) // 4
+    spans = max(2, math.ceil(config.mask_ratio * patches / config.mask_len))  # the most that masks.block_mask draws
+    if config.mask_len > patches:
+        raise UserError(f"--mask-len must be at most {patches}, the patches of a clip, got {config.mask_len}")
+    if spans >= patches:
+        raise UserError(f"--mask-ratio and --mask-len ask for {spans} spans; a clip of {patches} patches has no room")
     if config.steps is not None and config.epochs is not None:
         raise UserError("--steps and --epochs exclude each other, got both")
 

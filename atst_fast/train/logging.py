@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from atst_fast.train.config import UserError
 from atst_fast.train.files import explain, write_atomically
 
 COLLAPSED = 0.005  # deviation of the outputs; 1/sqrt(256) = 0.06 is healthy, 0.001 is where it cannot fall below
@@ -56,7 +57,7 @@ class RunLog:
     """log.jsonl, TensorBoard and the console of a run. A context manager; ``first``: steps done before."""
 
     def __init__(self, run: Path, console: Console, first: int, last: int, batch_size: int):
-        self.console, self._batch_size = console, batch_size
+        self.console, self._run, self._batch_size = console, run, batch_size
         self._first, self._last = first, last
         self._done, self._since = first, time.perf_counter()
         self._collapsed = False
@@ -83,7 +84,7 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
-        with explain("write the log"):
+        with self._explain():
             self._file.close()
             self._board.close()
 
@@ -97,7 +98,7 @@ class RunLog:
         eta = (self._last - done) * self._batch_size / rate
         self._done, self._since = done, now
         line: dict[str, Any] = {"step": done, **values, "clips_per_s": rate}
-        with explain("write the log"):
+        with self._explain():
             self._file.write(json.dumps(line | {"shares": {k: round(v, 4) for k, v in shares.items()}}) + "\n")
             self._file.flush()
             for name, value in (*values.items(), ("clips_per_s", rate)):
@@ -109,6 +110,16 @@ class RunLog:
         if self._bar.disable:
             self.console.print(f"step {done}/{self._last}  {info}  {eta:.0f} s left", highlight=False, soft_wrap=True)
         self._watch_collapse(done, values)
+
+    @contextlib.contextmanager
+    def _explain(self) -> Iterator[None]:
+        try:
+            with explain(f"write the log {self._run / 'log.jsonl'}"):
+                yield
+        except UserError as error:
+            if self._run.exists():
+                raise
+            raise UserError(f"{error}; the folder was moved or deleted during the run") from error
 
     def _watch_collapse(self, done: int, values: dict[str, float]) -> None:
         low = [k for k in ("std_student", "std_teacher") if values[k] < COLLAPSED]

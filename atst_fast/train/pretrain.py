@@ -51,7 +51,8 @@ class Run:
             crops_per_clip=config.crops_per_clip,
             subset=config.subset,
         )
-        self.settings = resolve(config, self.batches.per_epoch) | {"clips": self.batches.fingerprint()}
+        self.clips = {"count": len(source.names), "sha256": self.batches.fingerprint()}
+        self.settings = resolve(config, self.batches.per_epoch) | {"clips": self.clips["sha256"]}
         self.steps = self.settings["steps"]
 
         torch.manual_seed(config.seed)
@@ -80,8 +81,9 @@ class Run:
             momentum=s["momentum"],
         )
         self.optimizer = make_optimizer(self.model, self.schedules)
-        self.saved = {"model": self.model.config, "front_end": mel, "settings": self.settings}
+        self.saved = {"model": self.model.config, "front_end": mel, "settings": self.settings, "clips": self.clips}
         self.done = 0  # steps
+        self.last_saved: Path | None = None
 
     def train(self) -> int:
         self.resume()
@@ -132,8 +134,14 @@ class Run:
         loaded, state = checkpoint.load(path), checkpoint.load_state(path)
         differing = conflicts(self.settings, loaded.config.get("settings", {}))
         if differing:
+            before = loaded.config.get("clips", {}).get("count", "unknown")
+            counts = f"clips: other files or lengths than before ({self.clips['count']} now, {before} before)"
+            differing = [counts if line.startswith("clips: ") else line for line in differing]
             cure = "give the old values, or another --out for a new run"
             raise UserError(f"{path} belongs to a run of other settings; {cure}:\n  " + "\n  ".join(differing))
+        if found and checkpoint.step_of(found[-1]) > loaded.step:
+            cure = "delete what is later than it, or choose another --out"
+            raise UserError(f"--resume {how} is at step {loaded.step}, but {out} has {found[-1].name}; {cure}")
         checkpoint.load_model(self.model, loaded.weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.front_end.load_state_dict(state["front_end"])
@@ -145,12 +153,11 @@ class Run:
     def describe(self) -> None:
         """Say what is about to run, and write it to config.json."""
         s, out = self.settings, self.config.out
-        clips = {"count": len(self.batches.source.names), "sha256": s["clips"]}
-        record = self.saved | {"clips": clips, "environment": environment(), "command": sys.argv}
+        record = self.saved | {"environment": environment(), "command": sys.argv}
         with explain(f"write {out / 'config.json'}"):
             write_atomically(out / "config.json", lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
         self.console.print(
-            f"ATST-Frame {s['arch']} on {self.device}: {clips['count']} clips, {self.steps} steps of "
+            f"ATST-Frame {s['arch']} on {self.device}: {self.clips['count']} clips, {self.steps} steps of "
             f"{s['batch_size']} ({s['epochs']:.1f} epochs), peak lr {s['peak_lr']:.2e}; run: {out}",
             highlight=False,
             soft_wrap=True,
@@ -166,7 +173,8 @@ class Run:
             "rng": torch.get_rng_state(),
             "cuda_rng": cuda,
         }
-        checkpoint.save(self.config.out, self.done, self.model.state_dict(), state, self.saved, self.config.keep)
+        c = self.config
+        self.last_saved = checkpoint.save(c.out, self.done, self.model.state_dict(), state, self.saved, c.keep)
 
     def check_finite(self, step: int) -> None:
         if step >= 0:
@@ -176,12 +184,12 @@ class Run:
     def farewell(self, stopped: list[signal.Signals]) -> int:
         if self.problems.reasons:
             self.console.print(self.problems.summary(), style="yellow")
-        path = checkpoint.find(self.config.out)
         if self.done < self.steps:
-            told = f"{stopped[0].name}: saved {path} at step {self.done} of {self.steps}"
-            self.console.print(f"{told}; the same command goes on from there", soft_wrap=True)
+            told = f"{stopped[0].name}: saved {self.last_saved} at step {self.done} of {self.steps}"
+            again = "the same command" if self.config.resume == "auto" else "the same command with --resume auto"
+            self.console.print(f"{told}; {again} goes on from there", soft_wrap=True)
             return 128 + stopped[0]
-        self.console.print(f"done: {self.steps} steps, {path}", soft_wrap=True)
+        self.console.print(f"done: {self.steps} steps, {self.last_saved}", soft_wrap=True)
         return 0
 
     def _kept(self) -> str:
@@ -194,6 +202,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error

@@ -1,9 +1,12 @@
 import dataclasses
+import functools
+import itertools
 from pathlib import Path
 
 import pytest
 
 from atst_fast.train.config import PretrainConfig, UserError, check, conflicts, resolve
+from atst_fast.train.masks import block_mask
 
 CONFIG = PretrainConfig(data=Path("d"), out=Path("o"), arch="tiny", batch_size=3, lr=0.1, steps=10)
 
@@ -24,12 +27,38 @@ def made(**changes):
         ({"mask_ratio": 1.0}, "--mask-ratio must be between"),
         ({"subset": 2}, "--subset must be at least batch_size"),
         ({"keep": 0}, "--keep must be at least 1"),
+        ({"bank_size": 0}, "--bank-size must be at least 1, got 0"),
+        ({"seed": 2**63}, r"--seed must be 0 or more and less than 2\^63"),
+        ({"mask_len": 51, "clip_seconds": 2.0}, "--mask-len must be at most 50, the patches of a clip, got 51"),
+        (
+            {"clip_seconds": 0.21, "mask_ratio": 0.99, "mask_len": 1},
+            "--mask-ratio and --mask-len ask for 5 spans; a clip of 5 patches has no room",
+        ),
         ({"win_length": 2048}, "--win-length must be between"),
     ],
 )
 def test_values_that_make_no_sense(changes, message):
     with pytest.raises(UserError, match=message):
         check(made(**changes))
+
+
+def test_what_is_accepted_can_be_masked():
+    """The shortest and the most masked clips that check lets through, and none that it need not refuse."""
+    accepted = 0
+    for clip_seconds, mask_ratio, mask_len in itertools.product((0.2, 0.29, 0.5), (0.1, 0.65, 0.8, 0.99), (1, 2, 5, 6)):
+        config = made(clip_seconds=clip_seconds, mask_ratio=mask_ratio, mask_len=mask_len)
+        patches = (config.samples // 160 + 1) // 4
+        draw = functools.partial(block_mask, 200, patches, mask_ratio=mask_ratio, mask_len=mask_len)
+        try:
+            check(config)
+        except UserError:
+            if mask_len <= patches:
+                with pytest.raises(ValueError, match="room"):
+                    draw()
+        else:
+            accepted += 1
+            draw()
+    assert accepted > 20
 
 
 def test_resolve_follows_the_recipes():

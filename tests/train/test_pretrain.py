@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from atst_fast.models.frame_encoder import ARCHS
 from atst_fast.train import checkpoint, files, pretrain
 from atst_fast.train.config import PretrainConfig, UserError
-from atst_fast.train.logging import Stopwatch, forget
 from atst_fast.train.pack import PackConfig, pack
 from tests.train.conftest import BAD, write_clips
 
@@ -206,6 +205,18 @@ def test_a_signal_saves_and_the_same_command_goes_on(config, whole, monkeypatch,
     assert all(line["loss"] == theirs[line["step"]]["loss"] for line in ours if line["step"] in theirs)
 
 
+def test_a_signal_after_resuming_from_a_path_says_how_to_go_on(config, whole, monkeypatch, capsys):
+    eighth = str(checkpoint.checkpoints(whole.out)[0])
+    with monkeypatch.context() as m:
+        interrupt_after(m, 8, lambda _: signal.raise_signal(signal.SIGTERM))
+        assert pretrain.pretrain(but(config, resume=eighth)) == 143
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"saved {config.out}/checkpoints/step-00000009.safetensors at step 9 of 10" in told
+    assert "the same command with --resume auto goes on from there" in told
+    assert pretrain.pretrain(config) == 0
+    assert_same_run(whole, config)
+
+
 def test_what_the_log_says_past_the_checkpoint_is_forgotten(config, monkeypatch):
     """A killed run has logged steps that the next one does again."""
     with monkeypatch.context() as m:
@@ -281,7 +292,7 @@ def test_a_conflicting_configuration_is_refused_by_field(whole, clips_folder):
     assert "mask_len: 4 now, 5 before" in told
     assert "log_every" not in told
     (clips_folder / "00.flac").unlink()
-    with pytest.raises(UserError, match=r"\bclips: "):
+    with pytest.raises(UserError, match=r"\bclips: other files or lengths than before \(11 now, 12 before\)"):
         pretrain.pretrain(but(whole, data=clips_folder))
 
 
@@ -292,6 +303,8 @@ def test_resume_never_and_from_a_path(whole, config, capsys):
     assert pretrain.pretrain(but(config, resume=str(eighth))) == 0
     assert "going on after step 8" in capsys.readouterr().err
     assert_same_run(whole, config)
+    with pytest.raises(UserError, match=r"at step 8, but .* has step-00000010\.safetensors; delete what is later"):
+        pretrain.pretrain(but(whole, resume=str(eighth)))
     with pytest.raises(UserError, match="there is no checkpoint nowhere"):
         pretrain.pretrain(but(config, resume="nowhere"))
 
@@ -379,22 +392,6 @@ def test_a_device_that_is_not_there(config):
         pretrain.pretrain(but(config, device="cuda:97"))
     with pytest.raises(UserError, match="--device nonsense"):
         pretrain.pretrain(but(config, device="nonsense"))
-
-
-def test_forget_drops_what_the_run_will_do_again(tmp_path):
-    log = tmp_path / "log.jsonl"
-    log.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
-    forget(log, 4)
-    assert log.read_text() == '{"step": 2}\n{"step": 4}\n'
-    forget(tmp_path / "none.jsonl", 4)
-
-
-def test_stopwatch_shares():
-    watch = Stopwatch(torch.device("cpu"))
-    for part, seconds in (("a", 0.03), ("b", 0.01)):
-        with watch(part):
-            time.sleep(seconds)
-    shares = watch.shares()
-    assert 0.6 < shares["a"] < 0.85
-    assert sum(shares.values()) == pytest.approx(1)
-    assert watch.shares() == {}
+    for device in ("meta", "mps"):
+        with pytest.raises(UserError, match=f"--device must be auto, cpu, cuda or cuda:N, got {device}$"):
+            pretrain.pretrain(but(config, device=device))
