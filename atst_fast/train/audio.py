@@ -22,7 +22,7 @@ _INTEGER = {"PCM_S8", "PCM_U8", "PCM_16"}  # read as int16 without loss; the res
 # whose writer could not know the length.
 _CUT = re.compile(r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 # Cut between the pages of an Ogg file, or within one (also the last, whose header it reads before it misses the rest).
-_CUT_OGG = re.compile("Last page lacks an end-of-stream bit|Junk after the last page")
+_CUT_OGG = re.compile("without an End-Of-Stream flag|Last page lacks an end-of-stream bit|Junk after the last page")
 
 
 class AudioError(Exception):

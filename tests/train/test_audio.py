@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import soundfile
@@ -71,6 +73,20 @@ def test_bad_files_say_what_is_wrong(bad_folder, name, capfd):
     with pytest.raises(audio.AudioError, match=BAD[name]) as error:
         use()
     assert str(bad_folder) not in str(error.value)  # the name comes from who reports it
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_an_ogg_file_is_whole_or_truncated_wherever_it_is_cut(tmp_path, subtype):
+    """Long enough for many pages; libsndfile takes what is left for all there is."""
+    path = tmp_path / "a.ogg"
+    soundfile.write(path, tone(10.0), 16000, format="OGG", subtype=subtype)
+    data = path.read_bytes()
+    assert audio.probe(path).samples == 160000
+    pages = [m.start() for m in re.finditer(b"OggS", data)]
+    for end in (len(data) // 2, len(data) * 9 // 10, pages[-2], pages[-1], pages[-1] + 40, len(data) - 1):
+        path.write_bytes(data[:end])
+        with pytest.raises(audio.AudioError, match="truncated: the end of the stream is missing"):
+            audio.probe(path)
 
 
 def test_a_streamed_wav_without_its_length_is_whole(tmp_path):
