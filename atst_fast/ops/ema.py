@@ -24,7 +24,8 @@ def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: 
 
     Nothing is differentiable. Computed in float32 with an error of at most ``1.5 * 2^-23 * (|t| + |s|)``. The bits
     depend neither on the number of threads nor on how the values are shared out among tensors. A NaN stays in its
-    element. Empty lists and empty tensors are fine.
+    element. Empty lists and empty tensors are fine. No memory may occur twice in ``teacher``, or in both lists: tensors
+    are updated at the same time.
     Matches audiossl/methods/atstframe/model.py (update_teacher): the official loop over parameters.
 
     Raises:
