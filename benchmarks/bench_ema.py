@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from atst_fast import ops
-from atst_fast.ops.ema import grad_norm
 from atst_fast.optim import AdamWEMA
 
 # width, blocks: the shapes of the encoder's parameters follow
@@ -86,19 +85,11 @@ def python_loop(params, teacher):
     return step
 
 
-def read_only(params, teacher):
-    """No step: reads the five arrays that one reads and writes nothing, which is how fast a step could be at best."""
-    arrays = [*(p.detach() for p in params), *(p.grad for p in params), *teacher]
-    arrays += [torch.zeros_like(p) for p in (*params, *params)]
-    return lambda: grad_norm(arrays)
-
-
 STEPS = {
     "atst_fast": ours("hf"),
     "atst_fast_torch_form": ours("torch"),
     "torch_fused_and_foreach_lerp": torch_fused,
     "python_loop": python_loop,
-    "read_only": read_only,
 }
 
 
