@@ -31,7 +31,8 @@ ATST_INLINE vf reciprocal(vf x) {
 }
 
 ATST_INLINE Normal normal(vf z) {
-  const vf magnitude = bits_as_float(float_as_bits(z) & 0x7fffffff);
+  vf magnitude = bits_as_float(float_as_bits(z) & 0x7fffffff);
+  magnitude = magnitude < 1e20f ? magnitude : splat(1e20f);  // infinity has no reciprocal; a NaN is in e as well
   const vf t = reciprocal(1.0f + magnitude * 0.268700577f);
   vf p = splat(2.943704464e-02f);
   p = p * t - 1.309046000e-01f;

@@ -71,6 +71,7 @@ def test_bias_gelu_of_special_values(isa):
     y = ops.bias_gelu(h, torch.zeros(8))[0]
     assert y[:2].tolist() == [0, 0]
     assert y[2].isnan()
+    assert y[3] == inf
     assert torch.equal(y[4:], torch.tensor([1e30, 0, 0, 40]))
     spread = ops.bias_gelu(torch.tensor([[nan, 1.0], [1.0, 1.0]]), torch.zeros(2))
     assert spread.isnan().tolist() == [[True, False], [False, False]]
@@ -184,6 +185,24 @@ def test_bits_do_not_depend_on_threads(threads, count):
         results[-1] += (out, *moments)
         results[-1] += torch.ops.atst_fast.batch_norm_relu_backward(other, x, *moments, weight, weight, 1e-5)
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_outputs_are_written_in_full(isa):
+    """Fresh memory is filled with NaN by torch's deterministic mode; none of it may remain."""
+    h, bias, grad, kept = torch.randn(37, 19), torch.randn(19), torch.randn(37, 19), torch.tensor([3, 1])
+    calls = torch.ops.atst_fast
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        results = [calls.bias_gelu(h, bias), *calls.bias_gelu_backward(grad, h, bias)]
+        results += [calls.add_branch(h, h, bias, 2.0, None), calls.add_branch(h, h[:2].contiguous(), bias, 2.0, kept)]
+        results += [*calls.add_branch_backward(grad, 2.0, None), *calls.add_branch_backward(grad, 2.0, kept)]
+        out, *moments = calls.batch_norm_relu(h, bias, bias, 1e-5)
+        results += [out, *moments, *calls.batch_norm_relu_backward(grad, h, *moments, bias, bias, 1e-5)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for t in results:
+        assert t.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
