@@ -17,8 +17,8 @@ def faults():
 faults()
 given_back = faults()
 kept = keep_freed_memory()
-faults()
-print(kept, given_back, faults())
+# The block that was freed may be a few bytes short of what alignment asks for: then only a later one fits into it.
+print(kept, given_back, min(faults() for _ in range(5)))
 """
 
 
