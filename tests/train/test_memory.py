@@ -17,7 +17,7 @@ def faults():
 faults()
 given_back = faults()
 kept = keep_freed_memory()
-# An aligned block needs a bit more room than a freed one of its size: it takes rounds until freed ones lie side by side.
+# An aligned block needs a bit more room than a freed one of its size: it takes rounds until those lie side by side.
 print(kept, given_back, min(faults() for _ in range(20)))
 """
 
