@@ -11,7 +11,8 @@ def keep_freed_memory() -> bool:
 
     glibc gives blocks of more than 32 MiB back to the system as soon as they are freed, and a step has many: every
     activation of the next step then begins with the kernel clearing its pages one by one. A training process makes the
-    same tensors again and again, so keeping them costs no memory over its peak. It cannot be undone.
+    same tensors again and again; what keeping them costs is some memory that lies in pieces too small to be used again.
+    It cannot be undone.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ def test_labels_are_exact(player):
         assert {label for label, _, _ in scene.events} == set(scene.stems)
         for label, stem in scene.stems.items():
             spans = [(on, off) for other, on, off in scene.events if other == label]
+            assert all(off < on for (_, off), (on, _) in pairwise(spans))  # nobody plays with itself
             outside = np.ones(len(stem), bool)
             for on, off in spans:
                 outside[on:off] = False
@@ -48,6 +50,13 @@ def test_labels_are_exact(player):
                 assert np.sqrt(np.mean(stem[off - 480 : off] ** 2)) > 1e-3 * level
             assert outside.any()
             assert not stem[outside].any()
+
+
+def test_a_loud_scene_is_scaled_not_wrapped(player, monkeypatch):
+    monkeypatch.setattr("atst_fast.train.demo_data.noise", lambda rng, n: np.full(n, 3.0, np.float32))
+    scene = render_scene(np.random.default_rng(1), player, 5.0)
+    assert 0.97 < np.abs(scene.audio).max() / 32767 <= 0.981
+    assert scene.audio.min() > 0
 
 
 def test_the_stems_and_faint_noise_are_the_audio(player):

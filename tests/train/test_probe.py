@@ -27,6 +27,7 @@ from atst_fast.train.probe import (
     confusion,
     draw,
     fit,
+    fresh,
     load_task,
     probe,
     summarise,
@@ -94,6 +95,13 @@ def test_probe_end_to_end(run, data, capsys):
         assert values["segment_f1"]["mean"] > 0.9
     text = capsys.readouterr().out
     assert all(word in text for word in ("pretrained", "random", "log-mel", "event F1", "tensorboard --logdir"))
+
+
+def test_each_seed_draws_its_own_random_encoder():
+    encoder = FrameEncoder({"dim": 12, "depth": 1, "num_heads": 1})
+    weights = [fresh(encoder, seed).pos_embed for seed in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 def test_the_same_seed_gives_the_same_scores(run, data):
