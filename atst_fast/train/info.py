@@ -46,7 +46,8 @@ def environment() -> dict[str, Any]:
             versions[name] = "not installed"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "versions": versions | {"python": platform.python_version()},
+        "versions": versions
+        | {"torch": torch.__version__, "python": platform.python_version()},  # torch: with its build
         "machine": {"system": platform.platform(), "cpu": _cpu(), "threads": torch.get_num_threads(), "gpu": gpu},
         "git": git_revision(Path(__file__).parent),
     }
