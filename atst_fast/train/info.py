@@ -46,8 +46,7 @@ def environment() -> dict[str, Any]:
             versions[name] = "not installed"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "versions": versions
-        | {"torch": torch.__version__, "python": platform.python_version()},  # torch: with its build
+        "versions": versions | {"torch": torch.__version__, "python": platform.python_version()},
         "machine": {"system": platform.platform(), "cpu": _cpu(), "threads": torch.get_num_threads(), "gpu": gpu},
         "git": git_revision(Path(__file__).parent),
     }
