@@ -1,12 +1,14 @@
 """The pictures of a run: loss curve, events over a spectrogram, confusion matrix. PNG files, no display needed."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from atst_fast.train.config import UserError
+from atst_fast.train.files import write_atomically
 from atst_fast.train.logging import read_log
 from atst_fast.train.metrics import Event
 
@@ -43,7 +45,7 @@ def loss_curve(log: Path, path: Path) -> None:
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    write_atomically(path, partial(figure.savefig, format="png"))
 
 
 def events(mel: np.ndarray, true: Sequence[Event], predicted: Sequence[Event], path: Path, title: str = "") -> None:
@@ -65,7 +67,7 @@ def events(mel: np.ndarray, true: Sequence[Event], predicted: Sequence[Event], p
     bottom.grid(axis="x", alpha=0.25)
     handles = [_patch(TRUE, "true"), _patch(PREDICTED, "predicted")]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path)
+    write_atomically(path, partial(figure.savefig, format="png"))
 
 
 def _patch(colour: str, label: str) -> Any:
@@ -93,4 +95,4 @@ def confusion(counts: np.ndarray, labels: Sequence[str], path: Path) -> None:
     axes.set(xlabel="label with the highest score", ylabel="true label (frames)")
     axes.set_title(f"Frames in which one label sounds alone: {accuracy:.0f} % right", fontsize=11)
     figure.colorbar(image, ax=axes, shrink=0.75, label="% of the row")
-    figure.savefig(path)
+    write_atomically(path, partial(figure.savefig, format="png"))
