@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from atst_fast.models import ARCHS, FrameEncoder
+from atst_fast.nn import LogMelSpectrogram
 from benchmarks import official
 from tests.golden import assert_golden, load
 from tests.tolerances import BF16_RTOL, NETWORK_RTOL
@@ -33,6 +34,23 @@ def plain_pair(**kwargs):
 
 def assert_same(ours, plain):
     torch.testing.assert_close(ours, plain, rtol=0, atol=NETWORK_RTOL * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("case", load("embedding")[1]["cases"], ids=lambda c: c["id"])
+def test_golden_embeddings(case):
+    """From the waveform: tokens of all blocks, and their mean over time, as get_timestamp_embedding and
+    get_scene_embedding of the official code."""
+    t, meta = load("embedding")
+    cfg, n = meta["cfg"], case["n"]
+    encoder = FrameEncoder({"dim": cfg["dim"], "depth": cfg["depth"], "num_heads": cfg["heads"]}).eval()
+    encoder.load_state_dict({k.removeprefix("in/w/"): v for k, v in t.items() if k.startswith("in/w/")})
+    x = load("mel_waveforms")[0]["in/speech_160000"].float() / 32768
+    wave = torch.stack([x[:n], 0.01 * x[n : 2 * n]]) if case["build"] == "batch" else x[None, :n]
+    with torch.no_grad():
+        tokens = encoder.intermediate(LogMelSpectrogram()(wave[:, None]), n_blocks=cfg["depth"])
+    assert list(tokens.shape) == meta["timestamp_shapes"][case["id"]]
+    assert_golden("embedding", f"out/{case['id']}/timestamp", tokens[:, case.get("rows", slice(None))])
+    assert_golden("embedding", f"out/{case['id']}/scene", tokens.mean(1))
 
 
 @pytest.mark.parametrize("case", TOKENS, ids=lambda c: c["id"])
