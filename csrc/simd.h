@@ -33,6 +33,19 @@ typedef int32_t vi_unaligned __attribute__((vector_size(4 * kLanes), aligned(4),
 
 ATST_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
 ATST_INLINE void store(float* p, vf v) { *reinterpret_cast<vf_unaligned*>(p) = v; }
+// The first n lanes (at most all); of a partial load the others are 0.
+ATST_INLINE vf load(const float* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  float v[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return load(v);
+}
+ATST_INLINE void store(float* p, vf x, int64_t n) {
+  if (n >= kLanes) return store(p, x);
+  float v[kLanes];
+  store(v, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
 ATST_INLINE vf splat(float x) { return x - vf{}; }  // x - 0 is x, which x + 0 is not for -0: this costs nothing
 ATST_INLINE vi splat_i(int32_t x) { return vi{} + x; }
 ATST_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }

@@ -40,24 +40,12 @@ ATST_INLINE Taps taps(int64_t i, int64_t in, int64_t out) {
   return r;
 }
 
-ATST_INLINE vf load_some(const float* p, int64_t n) {
-  vf v = {};
-  if (n >= kLanes) return load(p);
-  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
-  return v;
-}
-
-ATST_INLINE void store_some(float* p, vf v, int64_t n) {
-  if (n >= kLanes) return store(p, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
-}
-
 // out = log((1 - alpha) e^x + alpha e^z + eps), without z log(e^x + eps)
 void mix(const float* x, const float* z, float alpha, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += kLanes) {
-    vf sum = exp(load_some(x + i, n - i));
-    if (z) sum = sum * (1.0f - alpha) + exp(load_some(z + i, n - i)) * alpha;
-    store_some(out + i, log(sum + kEps), n - i);
+    vf sum = exp(load(x + i, n - i));
+    if (z) sum = sum * (1.0f - alpha) + exp(load(z + i, n - i)) * alpha;
+    store(out + i, log(sum + kEps), n - i);
   }
 }
 
@@ -131,8 +119,8 @@ void augment_piece(const AugmentShape& s, const AugmentClip& clip, int64_t piece
     }
     for (int64_t c = 0; c < columns; c += kLanes) {
       vf sum = {};
-      for (int k = 0; k < 4; ++k) sum += load_some(rows + t.at[k] * kAugmentColumns + c, columns - c) * t.weight[k];
-      store_some(out + c, sum, columns - c);
+      for (int k = 0; k < 4; ++k) sum += load(rows + t.at[k] * kAugmentColumns + c, columns - c) * t.weight[k];
+      store(out + c, sum, columns - c);
     }
   }
 }

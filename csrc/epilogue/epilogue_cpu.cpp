@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kRows = 32;
 
 int64_t pieces_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
+int64_t rows_of_piece(int64_t i, int64_t rows) { return std::min(kRows, rows - i * kRows); }
 
 const float* input(const Tensor& t, const char* op, const char* name) {
   check_cpu(t, op, name);
@@ -36,7 +37,7 @@ const float* row_of(const Tensor& t, int64_t dim, const char* op, const char* na
 template <class Run>
 void for_pieces(int64_t rows, const Run& run) {
   parallel_for(0, pieces_of(rows), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) run(i * kRows, std::min(kRows, rows - i * kRows), i);
+    for (int64_t i = begin; i < end; ++i) run(i * kRows, rows_of_piece(i, rows), i);
   });
 }
 
@@ -175,13 +176,12 @@ std::tuple<Tensor, Tensor> column_moments(const Tensor& x, int64_t rows, int64_t
   float *m = mean.mutable_data_ptr<float>(), *v = variance.mutable_data_ptr<float>();
   std::vector<double> sum(dim), squares(dim);
   for (int64_t i = 0; i < pieces; ++i)
-    for (int64_t j = 0; j < dim; ++j)
-      sum[j] += double(part[2 * i * dim + j]) * double(std::min(kRows, rows - i * kRows));
+    for (int64_t j = 0; j < dim; ++j) sum[j] += double(part[2 * i * dim + j]) * double(rows_of_piece(i, rows));
   for (int64_t j = 0; j < dim; ++j) sum[j] /= double(rows);
   for (int64_t i = 0; i < pieces; ++i)
     for (int64_t j = 0; j < dim; ++j) {
       const double off = part[2 * i * dim + j] - sum[j];
-      squares[j] += part[(2 * i + 1) * dim + j] + off * off * double(std::min(kRows, rows - i * kRows));
+      squares[j] += part[(2 * i + 1) * dim + j] + off * off * double(rows_of_piece(i, rows));
     }
   for (int64_t j = 0; j < dim; ++j) m[j] = float(sum[j]), v[j] = float(squares[j] / double(rows));
   return {mean, variance};

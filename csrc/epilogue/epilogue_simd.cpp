@@ -2,14 +2,16 @@
 //
 //   bias_gelu:   out = z Phi(z), z = h + bias;             dh = grad (Phi(z) + z phi(z)),  dbias = sum of dh over rows
 //   add_branch:  out = x + alpha (y + bias);               dy = alpha grad,                dbias = sum of dy over rows
-//   batch_norm_relu:  out = max(z, 0), z = c scale + bias, c = x - mean, scale = weight / sqrt(variance + eps), the
-//   mean
-//                and the variance over all rows;           dx = scale (g - mean of g) - c slope, g = grad where z > 0
+//   batch_norm_relu:  out = max(c scale + bias, 0),        dx = scale (g - average) - c slope
+//
+// where c = x - mean, and g is grad where out > 0 (epilogue.h says what the other rows of parameters are).
 //
 // Phi, the normal distribution function, is 0.5 erfc(-z / sqrt 2). With t = 1 / (1 + 0.38 |z| / sqrt 2), its lower tail
 // Phi(-|z|) is exp(-z^2 / 2) t P(t): what is left after the exponential is so smooth in t that a polynomial of degree 8
 // (a minimax fit) is within 2e-8 of it, relative, for every z whose tail float32 can hold. The exponential is the
 // density phi as well, so the gradient needs no second one. Bytes: 8 per value forward, 12 backward.
+//
+// The moments of a piece of rows are taken in two passes, the second out of the cache: no difference of large sums.
 #include "../simd.h"
 #include "epilogue.h"
 
@@ -48,20 +50,6 @@ ATST_INLINE Normal normal(vf z) {
   return {z > 0.0f ? 1.0f - tail : tail, e * 0.398942280f};
 }
 
-ATST_INLINE vf load(const float* p, int n) {
-  if (n == kLanes) return load(p);
-  float v[kLanes] = {};
-  for (int i = 0; i < n; ++i) v[i] = p[i];
-  return load(v);
-}
-
-ATST_INLINE void store(float* p, vf x, int n) {
-  if (n == kLanes) return store(p, x);
-  float v[kLanes];
-  store(v, x);
-  for (int i = 0; i < n; ++i) p[i] = v[i];
-}
-
 // f(i, n) for every piece of n = kLanes values, and once more for the n < kLanes that are left.
 template <class F>
 ATST_INLINE void for_lanes(int64_t dim, const F& f) {
@@ -73,8 +61,7 @@ ATST_INLINE void for_lanes(int64_t dim, const F& f) {
 #define ATST_EACH [&](int64_t i, int n) __attribute__((always_inline))
 
 // f(first row, Count<R>) for groups of R = 4 rows, and once more for the 1 to 3 that are left: what is read per column
-// is read once per group. All loads of a group come before its stores: rows of 4 KiB look like one address to the store
-// buffer, and a load would wait for the store of the row before.
+// is read once per group.
 template <int R>
 struct Count {
   static constexpr int rows = R;
