@@ -10,7 +10,8 @@
 
 namespace atst {
 
-// One sequence and head. Row i of q is at q + i * q_stride, head_dim contiguous values; the same for the others.
+// One sequence and head, with at least one query and one key. Row i of q is at q + i * q_stride, head_dim contiguous
+// values; the same for the others.
 struct AttentionItem {
   const float *q, *k, *v;
   int64_t q_stride, kv_stride, q_len, k_len;

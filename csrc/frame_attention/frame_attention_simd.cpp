@@ -1,4 +1,4 @@
-// K and V of a head (64 KiB each at 250 tokens of 64) stay in the L2 cache, and so do 48 rows of scores: so the softmax
+// K and V of a head (64 KiB each at 250 tokens of 64) stay in the L2 cache, and so do the scores of a tile: the softmax
 // is the plain one of a whole row, without rescaling, for any length, and every product is a small matrix product on
 // operands packed once per head (gemm.h).
 //
@@ -151,8 +151,6 @@ void frame_attention_backward_item(const AttentionShape& s, const AttentionGradI
     gemm(f.k_len, dim, rows, p, 1, stride, dout, dv, d, q0 > 0);
     gemm(f.k_len, dim, rows, ds, 1, stride, q_packed, dk, d, q0 > 0);
   }
-  const float some = f.q_len > 0 ? 1.0f : 0.0f;
-  for (int64_t i = 0; some == 0.0f && i < f.k_len * d; ++i) dk[i] = dv[i] = 0.0f;
   rows_to(dk, d, f.k_len, dim, kLn2, item.dk, item.dkv_stride);  // the queries had a factor of log2 e
   rows_to(dv, d, f.k_len, dim, 1.0f, item.dv, item.dkv_stride);
 }
