@@ -186,6 +186,7 @@ def probe(config: ProbeConfig) -> Path:
     from rich.progress import Progress
 
     from atst_fast.train import checkpoint
+    from atst_fast.train.files import make_folder
     from atst_fast.train.summary import summary
 
     if config.seeds < 1 or config.max_frames < 1 or config.median < 1 or config.median % 2 == 0:
@@ -196,7 +197,7 @@ def probe(config: ProbeConfig) -> Path:
     if not 1 <= config.blocks <= len(encoder.blocks):
         raise UserError(f"--blocks must be between 1 and {len(encoder.blocks)} in this encoder, got {config.blocks}")
     out = config.out or checkpoint.run_of(path) / "probe"
-    make_out(out)
+    make_folder(out)
     with Progress(console=console, transient=True) as progress:
         fits = compare(task, encoder, front_end, config, progress)
     results = summarise(fits)
@@ -211,7 +212,6 @@ def compare(
     task: Task, encoder: Any, front_end: dict[str, Any], config: ProbeConfig, progress: Any
 ) -> dict[str, list[Fitted]]:
     """The probes of all seeds on each kind of features."""
-    blocks = config.blocks
     bar = progress.add_task("log-mel", total=3 * config.seeds)
     mels = [log_mels(files, front_end) for files in (task.train, task.test)]
 
@@ -225,11 +225,11 @@ def compare(
         return fits
 
     plain = [mel_features(m, encoder.config["patch"][1]) for m in mels]
-    trained = [encoder_features(encoder, m, blocks) for m in mels]
+    trained = [encoder_features(encoder, m, config.blocks) for m in mels]
     return {
         "pretrained": run("the pretrained encoder", lambda _: trained),
         "random": run(
-            "random encoders", lambda seed: [encoder_features(fresh(encoder, seed), m, blocks) for m in mels]
+            "random encoders", lambda seed: [encoder_features(fresh(encoder, seed), m, config.blocks) for m in mels]
         ),
         "log-mel": run("log-mel", lambda _: plain),
     }
@@ -242,12 +242,6 @@ def fresh(encoder: Any, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return type(encoder)(**encoder.config).eval().requires_grad_(False)
-
-
-def make_out(out: Path) -> None:
-    from atst_fast.train.files import make_folder
-
-    make_folder(out)
 
 
 def summarise(fits: dict[str, list[Fitted]]) -> dict[str, dict[str, dict[str, Any]]]:
