@@ -10,6 +10,10 @@ MEL_60_DB = 0.002
 MEL_80_DB = 0.02
 MEL_60, MEL_80 = 3e-5, 3e-4  # the same on the normalised scale, which is 130 dB over 2
 MEL_LIBROSA_DB = 0.02  # librosa's float64 window and triangles differ from float32 ones in the last place
+# One transform by two float32 ways (the kernel and torch.stft), on loud and normalised values.
+MEL_OTHER_WAY = 1e-3
+MEL_SCALED_DB = 1e-4  # the same powers times 100: one rounding each, and that of values up to 100 dB
+MEL_CONSTANT = 1e-6  # a constant through the affine map: one rounding of a value of about 1
 
 # augment
 # Two exponentials and a logarithm of 2 ulp each near 1, then sums of up to 16 products with weights below 1.2.
@@ -41,6 +45,8 @@ ADD_BRANCH = 3e-7  # three roundings
 # weighs as much as the mean is deviations away from 0. Gradients: the sums of up to 32 rows are float32 as well.
 BATCH_NORM = 4e-7
 BATCH_NORM_GRAD = 1e-6
+# A moment moves a running statistic by one float32 lerp; the second number is for statistics near 0.
+RUNNING_RTOL, RUNNING_ATOL = 1e-5, 1e-6
 # Sums over rows in float32, of up to 500 terms of both signs, relative to the sum of their sizes.
 ROW_SUM = 1e-6
 
@@ -65,6 +71,9 @@ GOLDEN_ULPS = 4 * 2**-23
 NETWORK_RTOL = 5e-5
 # Sums of up to 12,288 final weights: what two orders of summation in the reference itself leave after five steps.
 GOLDEN_CHECKSUM = 1e-3
+# One small network on rows of the same content in another batch, selection or graph, or a block and its golden tensors:
+# matrix products of other shapes add in another order; activations are about 1.
+OTHER_ORDER = 1e-5
 # A small network in bfloat16, of the largest value: 8 bits, through some ten roundings.
 BF16_RTOL = 5e-2
 

@@ -9,28 +9,16 @@ import torch.multiprocessing as mp
 
 from atst_fast.models import ATSTFrame, frame_loss
 from atst_fast.optim import AdamWEMA, param_groups
-from atst_fast.train.schedule import Schedules
 from benchmarks import official
 from tests.golden import assert_golden, load
+from tests.golden.systems import frame_step
 from tests.tolerances import GOLDEN_CHECKSUM, NETWORK_RTOL
 
 TINY = {"dim": 24, "depth": 3, "num_heads": 3}
 
 
 def golden_system(**kwargs):
-    t, meta = load("frame_step")
-    c = meta["cfg"]
-    system = ATSTFrame(
-        {"dim": c["dim"], "depth": c["depth"], "num_heads": c["heads"]},
-        hidden=c["hid"],
-        out=c["proj"],
-        mlp_ratio=c["mlp_ratio"],
-        max_frames=c["spec_w"],
-        drop_path_rate=0.0,
-        **kwargs,
-    )
-    system.load_state_dict({k.removeprefix("in/state/"): v for k, v in t.items() if k.startswith("in/state/")})
-    schedules = Schedules(steps=c["maxs"], lr=c["lr"], warmup_steps=c["warm"], momentum=c["ema"])
+    system, schedules = frame_step(**kwargs)
     teacher = dict(zip(*system.teacher_pairs()))
     optimizer = AdamWEMA(param_groups(system.student, 0.04), form="hf", eps=1e-6, teacher=teacher)
     return system, schedules, optimizer

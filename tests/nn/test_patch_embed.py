@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from atst_fast.nn import PatchEmbed
+from tests.tolerances import OTHER_ORDER
 
 
 @pytest.mark.parametrize("patch, frames", [((64, 4), 41), ((16, 16), 70), ((32, 8), 8)])
@@ -13,7 +14,7 @@ def test_both_layouts_are_one_convolution(patch, frames):
     linear.load_state_dict({"patch_embed.weight": cnn.proj.weight.flatten(1), "patch_embed.bias": cnn.proj.bias})
     want = F.conv2d(mel, cnn.proj.weight, cnn.proj.bias, stride=patch).transpose(2, 3).flatten(2).transpose(1, 2)
     for module in (cnn, linear):
-        torch.testing.assert_close(module(mel), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(module(mel), want, rtol=OTHER_ORDER, atol=OTHER_ORDER)
         assert module.tokens(frames, 64) == want.shape[1]
 
 

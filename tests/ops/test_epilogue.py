@@ -140,7 +140,7 @@ def check_norm(rows, dim, offset, spread, eps=1e-5):
     scales = rstd * weight64.detach().abs() * (1 + reach) ** 2, rows * (1 + reach), rows
     for g, e, scale in zip(got, expected, scales):
         assert ((g.double() - e).abs() <= tol.BATCH_NORM_GRAD * scale * grad.abs().max()).all()
-    torch.testing.assert_close([r.double() for r in running], running64, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close([r.double() for r in running], running64, rtol=tol.RUNNING_RTOL, atol=tol.RUNNING_ATOL)
 
 
 @settings(max_examples=40, deadline=None)

@@ -3,27 +3,15 @@ import math
 import pytest
 import torch
 
-from atst_fast.models import ATSTFrame
 from atst_fast.train.front_end import FrontEndBatch
-from atst_fast.train.schedule import Schedules
 from atst_fast.train.step import make_optimizer, train_step
 from tests.golden import load
+from tests.golden.systems import frame_step
 from tests.tolerances import GOLDEN_LOSS_RTOL, GOLDEN_STEP_ATOL, SCHEDULE_RTOL
 
 
 def golden_system():
-    t, meta = load("frame_step")
-    c = meta["cfg"]
-    model = ATSTFrame(
-        {"dim": c["dim"], "depth": c["depth"], "num_heads": c["heads"]},
-        hidden=c["hid"],
-        out=c["proj"],
-        mlp_ratio=c["mlp_ratio"],
-        max_frames=c["spec_w"],
-        drop_path_rate=0.0,
-    )
-    model.load_state_dict({k.removeprefix("in/state/"): v for k, v in t.items() if k.startswith("in/state/")})
-    schedules = Schedules(steps=c["maxs"], lr=c["lr"], warmup_steps=c["warm"], momentum=c["ema"])
+    model, schedules = frame_step()
     return model, make_optimizer(model, schedules), schedules
 
 
