@@ -1,8 +1,12 @@
 // Every operator schema, on one screen. Shapes and meaning: the docstrings in atst_fast/ops/<op>.py.
 #include "stable_shim.h"
 
+#if !defined(ATST_LIBRARY)  // the tests build the CUDA operators a second time, for the CPU, as atst_fast_shim
+#  define ATST_LIBRARY atst_fast
+#endif
+
 // clang-format off
-STABLE_TORCH_LIBRARY(atst_fast, m) {
+STABLE_TORCH_LIBRARY(ATST_LIBRARY, m) {
   // log_mel
   m.def("log_mel(Tensor waveform, Tensor window, Tensor fb, Tensor? lengths, int hop_length, float? top_db, float scale, float bias, int group) -> Tensor");
 
