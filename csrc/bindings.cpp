@@ -15,12 +15,13 @@ PYBIND11_MODULE(_C, m) {
         py::dict info;
         info["compiler"] = ATST_COMPILER;
         info["torch_at_build"] = ATST_TORCH_VERSION;
-        info["cuda"] = false;
+        info["cuda"] = ATST_CUDA;
         info["isa"] = atst::isa_name(atst::active_isa());
         info["best_isa"] = atst::isa_name(atst::best_isa());
         return info;
       },
-      "Compiler, torch version at build time, and the CPU instruction set in use.");
+      "Compiler, torch version at build time, the GPUs that there are CUDA kernels for (or \"none: why\"), and the CPU "
+      "instruction set in use.");
   m.def(
       "force_isa",
       [](const std::string& name) {

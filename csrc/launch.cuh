@@ -36,7 +36,7 @@ class Call {
   Call(const char* op, const Tensor& first) : op(op), device_(first.get_device_index()), guard_(device_) {
 #if defined(__CUDACC__)
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &current));
     stream = static_cast<cudaStream_t>(current);
     int major = 0, minor = 0;
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device_));

@@ -16,9 +16,11 @@ def test_build_info_names_who_runs_what(isa):
     assert info["isa"] == isa
     assert info["threads"] >= 1
     assert set(info["operators"]) >= {"log_mel", "augment", "patch_embed", "frame_attention", "ema_update_"}
-    for who in info["operators"].values():
+    kernels = "".join(path.read_text() for path in ROOT.glob("csrc/*/*_cuda.cu"))
+    for op, who in info["operators"].items():
         assert isa in who["cpu"]
-        assert who["cuda"].startswith("reference: ")
+        built = f'm.impl("{op}"' in kernels and not info["cuda"].startswith("none: ")
+        assert who["cuda"].startswith("CUDA (sm_" if built else "reference: "), op
 
 
 def test_force_isa_refuses_what_the_machine_lacks():
