@@ -4,11 +4,11 @@ import os
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 
-from atst_fast.train.data import Batches, Prefetcher, open_source
-from atst_fast.train.pack import PackConfig, pack
+soundfile = pytest.importorskip("soundfile", reason="needs the extra train")
+from atst_fast.train.data import Batches, Prefetcher, open_source  # noqa: E402
+from atst_fast.train.pack import PackConfig, pack  # noqa: E402
 
 RATE, SECONDS = 16000, 10.0
 # clips per folder, batch size, seconds of the crop

@@ -43,7 +43,7 @@ def torch_stft(wave):
 
 
 def with_librosa(wave):
-    import librosa
+    librosa = pytest.importorskip("librosa", reason="needs the extra bench")
 
     x = wave.flatten(0, -2).numpy()
     settings = {"sr": RATE, "n_fft": N_FFT, "hop_length": HOP, "pad_mode": "reflect", "n_mels": N_MELS}

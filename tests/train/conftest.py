@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-import soundfile
+
+soundfile = pytest.importorskip("soundfile", reason="needs the extra train")
 
 
 def tone(seconds, rate=16000, channels=1, seed=0):
