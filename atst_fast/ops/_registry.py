@@ -101,7 +101,7 @@ def refer_unfit_gpus(op: str, reference: Callable, device: str = "CUDA") -> None
     _fallbacks[op, device] = "; ".join(dict.fromkeys(why for why, _ in reasons.values()))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # that it overrides is the intention
-        _library.impl(op, run, device, with_keyset=True)
+        _library.impl(op, run, device, with_keyset=True, allow_override=True)
 
 
 def differentiable_once(op: str) -> None:

@@ -1,0 +1,29 @@
+"""What each CUDA kernel may use, written down before it was compiled, and what its machine code must and must not hold.
+
+tests/cuda/test_static.py compiles every csrc/*/*_cuda.cu for each architecture and holds it to this table: a kernel
+without an entry fails, an entry without a kernel fails. No kernel may spill, have a stack frame, static shared memory
+or local memory; that needs no entry.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Of one kernel, whose name is ``<operator's folder>/<name>``; ``*`` stands for any template arguments.
+
+    threads: per block as it is launched. registers: at most. shared: dynamic shared memory of a block in bytes, at
+    most. blocks: that a multiprocessor must hold at a time, at least: per architecture or for all. opcodes: how many
+    instructions of a kind there must be (least, most); a modifier narrows: "LDG.128". None: no bound.
+    """
+
+    threads: int
+    registers: int
+    shared: int = 0
+    blocks: int | dict[int, int] = 1
+    opcodes: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+
+
+SOME, NONE = (1, None), (0, 0)
+
+BUDGET: dict[str, Budget] = {}

@@ -1,0 +1,228 @@
+"""What compiled GPU kernels are, read from their machine code: nothing here needs a GPU.
+
+`nvcc_records` compiles a .cu file with the flags of setup.py, `triton_record` one Triton kernel; both return a `Record`
+per kernel: ptxas's registers, stack and spills, and how often each opcode stands in the disassembly (cuobjdump, of the
+CUDA toolkit or of the triton package). `occupancy` says how many blocks of it a multiprocessor holds.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+CACHE = ROOT / "build" / "cuda_static"
+ARCHS = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One kernel of one architecture. ``shared``: static shared memory in bytes (Triton: all that it asks for)."""
+
+    name: str
+    arch: int
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+    opcodes: dict[str, int] = field(default_factory=dict)
+
+    def count(self, pattern: str) -> int:
+        """Instructions of an opcode that have these modifiers among theirs: "LDG.128" counts LDG.E.128.CONSTANT."""
+        name, *modifiers = pattern.split(".")
+        split = ((opcode.split("."), n) for opcode, n in self.opcodes.items())
+        return sum(n for (first, *others), n in split if first == name and set(modifiers) <= set(others))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Limits of one multiprocessor (CUDA C++ programming guide, "Technical Specifications per Compute Capability")."""
+
+    shared: int
+    registers: int = 65536
+    warps: int = 64
+    blocks: int = 32
+
+
+GPUS = {80: Gpu(shared=164 << 10), 90: Gpu(shared=228 << 10), 100: Gpu(shared=228 << 10)}
+
+
+def occupancy(registers: int, threads: int, shared: int, arch: int) -> int:
+    """Blocks that one multiprocessor holds at a time; ``shared`` is a block's, static and dynamic."""
+    gpu = GPUS[arch]
+    warps = -(-threads // 32)
+    per_warp = -(-registers * 32 // 256) * 256  # registers are given to a warp in units of 256
+    by_registers = gpu.registers // per_warp // 4 * 4 // warps  # and a quarter of them belongs to each scheduler
+    by_shared = gpu.shared // (-(-shared // 128) * 128 + 1024)  # the system keeps 1 KB per block
+    return min(gpu.blocks, gpu.warps // warps, by_registers, by_shared)
+
+
+@cache
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
+
+
+@cache
+def triton_tool(name: str) -> str | None:
+    spec = importlib.util.find_spec("triton")
+    folder = Path(spec.origin).parent / "backends/nvidia/bin" if spec and spec.origin else None
+    return shutil.which(name, path=str(folder)) if folder else None
+
+
+@cache
+def cuobjdump() -> str | None:
+    return triton_tool("cuobjdump") or shutil.which("cuobjdump")
+
+
+def missing() -> str | None:
+    """What this machine lacks for compiling and disassembling CUDA, in words."""
+    if nvcc() is None:
+        return "needs nvcc (CUDA_HOME or PATH)"
+    return None if cuobjdump() else "needs cuobjdump (CUDA toolkit, or the package triton)"
+
+
+@cache
+def known_archs() -> tuple[int, ...]:
+    """Those of ARCHS that nvcc compiles for."""
+    codes = _run(nvcc(), "--list-gpu-code").split()
+    return tuple(arch for arch in ARCHS if f"sm_{arch}" in codes)
+
+
+@cache
+def flags() -> tuple[str, ...]:
+    """nvcc's flags as setup.py gives them to the build."""
+    spec = importlib.util.spec_from_file_location("atst_fast_setup", ROOT / "setup.py")
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return tuple(module.nvcc_flags())
+
+
+def nvcc_records(source: Path, arch: int, folder: Path = CACHE) -> list[Record]:
+    """The kernels of a .cu file; computed once for these sources, headers, flags and nvcc."""
+    path = folder / f"{source.stem}-sm_{arch}-{_fingerprint(source)}.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        records = _compile(source, arch)
+        for old in folder.glob(f"{source.stem}-sm_{arch}-*.json"):
+            old.unlink(missing_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps([asdict(r) for r in records]))
+        os.replace(temporary, path)
+    return [Record(**entry) for entry in json.loads(path.read_text())]
+
+
+def _fingerprint(source: Path) -> str:
+    digest = hashlib.sha256()
+    headers = sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])
+    for path in [source, *headers, Path(__file__)]:
+        digest.update(path.read_bytes())
+    digest.update("\n".join([*flags(), _run(nvcc(), "--version"), cuobjdump() or ""]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _compile(source: Path, arch: int) -> list[Record]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = [nvcc(), *flags(), f"-arch=sm_{arch}", "-cubin", "-Xptxas=-v", str(source), "-o", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{done.stderr}")
+        return records(arch, done.stderr, _run(cuobjdump(), "-sass", str(cubin)))
+
+
+def records(arch: int, ptxas: str, sass: str) -> list[Record]:
+    """The kernels in what ``ptxas -v`` and ``cuobjdump -sass`` print."""
+    opcodes = parse_sass(sass)
+    usage = parse_ptxas(ptxas)
+    names = demangle(list(usage))
+    return [Record(name, arch, **usage[m], opcodes=dict(opcodes.get(m, {}))) for m, name in zip(usage, names)]
+
+
+def parse_ptxas(text: str) -> dict[str, dict[str, int]]:
+    """Per mangled kernel name: registers, stack, spill_stores, spill_loads, shared."""
+    usage: dict[str, dict[str, int]] = {}
+    for block in re.split(r"ptxas\S* info\s*: Compiling entry function ", text)[1:]:
+        numbers = {"registers": r"Used (\d+) registers", "stack": r"(\d+) bytes stack frame"}
+        numbers |= {"spill_stores": r"(\d+) bytes spill stores", "spill_loads": r"(\d+) bytes spill loads"}
+        found = {key: re.search(pattern, block) for key, pattern in numbers.items()}
+        if lacking := [key for key, match in found.items() if not match]:
+            raise ValueError(f"ptxas -v says nothing of {lacking}: {block}")
+        shared = re.search(r"(\d+) bytes smem", block)
+        name = re.match(r"'(.*?)'", block)
+        assert name
+        usage[name.group(1)] = {key: int(m.group(1)) for key, m in found.items() if m}
+        usage[name.group(1)]["shared"] = int(shared.group(1)) if shared else 0
+    return usage
+
+
+def parse_sass(text: str) -> dict[str, Counter]:
+    """Per mangled kernel name: how often each opcode stands in it, NOP left out."""
+    kernels: dict[str, Counter] = {}
+    for block in re.split(r"Function : ", text)[1:]:
+        name, _, body = block.partition("\n")
+        instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body, re.MULTILINE)
+        kernels[name.strip()] = Counter(i for i in instructions if i != "NOP")
+    return kernels
+
+
+def demangle(names: list[str]) -> list[str]:
+    """``name<template arguments>`` of each kernel, without atst:: and the unnamed namespace."""
+    if not names:
+        return []
+    plain = _run("c++filt", *names).splitlines()
+    return [_short(name) for name in plain]
+
+
+def _short(name: str) -> str:
+    name = name.replace("(anonymous namespace)::", "").replace("atst::", "").removeprefix("void ")
+    depth = 0
+    for i, c in enumerate(name):  # the parameter list starts at the first parenthesis outside of <>
+        depth += (c == "<") - (c == ">")
+        if c == "(" and not depth:
+            return name[:i]
+    return name
+
+
+def triton_record(
+    fn, signature: dict[str, str], constexprs: dict, arch: int, aligned: tuple[str, ...] = (), **options
+) -> Record:
+    """Compile a ``triton.JITFunction`` for an architecture.
+
+    signature: ``{"x": "*fp32", "n": "i32", "BLOCK": "constexpr"}``; constexprs: ``{"BLOCK": 128}``; aligned: arguments
+    that are multiples of 16, which a launch finds out by itself; options: num_warps, num_stages, ... as for a launch.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    attrs = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    name = fn.__name__
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        ptx.write_text(compiled.asm["ptx"])
+        cubin.write_bytes(compiled.asm["cubin"])
+        target = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)
+        assert target
+        ptxas = triton_tool("ptxas-blackwell" if arch >= 100 else "ptxas") or triton_tool("ptxas")
+        command = [ptxas, "-v", f"-arch={target.group(1)}", str(ptx), "-o", str(Path(folder) / "again.cubin")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        (record,) = records(arch, done.stderr, _run(cuobjdump(), "-sass", str(cubin)))
+    return Record(**{**asdict(record), "name": name, "shared": compiled.metadata.shared})
+
+
+def _run(*command: str | None) -> str:
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True).stdout
