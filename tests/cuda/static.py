@@ -210,18 +210,26 @@ def triton_record(
     attrs = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    name = fn.__name__
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        ptx.write_text(compiled.asm["ptx"])
+        cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        target = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)
+        (record,) = records(arch, _ptxas(compiled.asm["ptx"]), _run(cuobjdump(), "-sass", str(cubin)))
+    return Record(**{**asdict(record), "name": fn.__name__, "shared": compiled.metadata.shared})
+
+
+def _ptxas(ptx: str) -> str:
+    """What ptxas -v says of a kernel, with that of triton's which knows this version of PTX."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
         assert target
-        ptxas = triton_tool("ptxas-blackwell" if arch >= 100 else "ptxas") or triton_tool("ptxas")
-        command = [ptxas, "-v", f"-arch={target.group(1)}", str(ptx), "-o", str(Path(folder) / "again.cubin")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        (record,) = records(arch, done.stderr, _run(cuobjdump(), "-sass", str(cubin)))
-    return Record(**{**asdict(record), "name": name, "shared": compiled.metadata.shared})
+        for tool in filter(None, map(triton_tool, ("ptxas", "ptxas-blackwell"))):
+            command = [tool, "-v", f"-arch={target.group(1)}", str(source), "-o", f"{folder}/kernel.cubin"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if not done.returncode:
+                return done.stderr
+    raise RuntimeError(f"no ptxas of triton compiles its PTX for {target.group(1)}: {done.stderr}")
 
 
 def _run(*command: str | None) -> str:
