@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from atst_fast import _C
+from tests import cuda_shim
 
 _ISAS = ["portable", "avx2", "avx512"]
 
@@ -29,6 +30,42 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def _no_gpu():
+    """Why the CUDA kernels cannot run on a GPU here, or None."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("atst_fast::log_mel", "CUDA"):
+        return "this build has no CUDA kernels"
+    return None if torch.cuda.is_available() else "no GPU"
+
+
+class CudaOps:
+    """Where the CUDA kernels run: .ops, .device, .to(x)."""
+
+    def __init__(self, where):
+        self.where = where
+        self.ops = torch.ops.atst_fast if where == "gpu" else cuda_shim.load()
+        self.device = "cuda" if where == "gpu" else "cpu"
+
+    def to(self, x):
+        return x.to(self.device)
+
+    def schedule(self, order, seed=0):
+        """The order of blocks and threads for the rest of the test: forward, reverse, shuffled. A GPU has its own."""
+        if self.where == "shim":
+            cuda_shim.schedule(order, seed)
+
+
+@pytest.fixture(params=["shim", "gpu"])
+def cuda_ops(request):
+    """Run the test with the CUDA kernels on the CPU, every access checked (tests/cuda_shim), and on a GPU."""
+    if reason := _no_gpu() if request.param == "gpu" else cuda_shim.unavailable():
+        pytest.skip(reason)
+    if request.param == "gpu":
+        yield CudaOps("gpu")
+    else:
+        with cuda_shim.nothing_left():
+            yield CudaOps("shim")
 
 
 @pytest.fixture(autouse=True)
