@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "cuda_shim"
 RUNTIME = ("runtime", sorted(HERE.glob("*.cpp")))
+NO_CUDA = setup.Cuda(None, [], "none: the shim is C++")
 
 # The sanitizers' calls without their libraries: the runtime answers them. Both sit before the vectorizer, so that what
 # they see are the accesses of the source.
@@ -42,7 +43,7 @@ def unavailable():
 @functools.cache
 def _flags():
     cxx = setup.tool("CXX")
-    common = [f for f in setup.compiler_flags(cxx) if f != "-O3"]
+    common = [f for f in setup.compiler_flags(cxx, NO_CUDA) if f != "-O3"]
     fma = Path("/proc/cpuinfo").exists() and {"fma", "avx2"} <= set(Path("/proc/cpuinfo").read_text().split())
     return [*common, "-O2", "-g1", f"-I{HERE}", *(["-mfma", "-mavx2"] if fma else [])]
 
@@ -63,7 +64,7 @@ def _ninja(name, sources, flags, libraries):
             command = f"{cxx} -MMD -MF $out.d {shlex.join(flags)} -c -x c++ $in -o $out"
             n.rule("cxx", command, depfile="$out.d", deps="gcc")
             link = shlex.join([f"-Wl,-soname,lib{name}.so", f"-Wl,-rpath,{BUILD}", *map(str, libraries)])
-            n.rule("link", f"{cxx} -shared $in -o $out {link} {shlex.join(setup.linker_flags())}")
+            n.rule("link", f"{cxx} -shared $in -o $out {link} {shlex.join(setup.linker_flags(NO_CUDA))}")
             objects = []
             for source in map(Path, sources):
                 objects.append(str(folder / f"{source.stem}.o"))
