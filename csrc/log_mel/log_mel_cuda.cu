@@ -1,0 +1,91 @@
+// The boundary of log_mel on a GPU: checks, the output and its scratch, one launch.
+#include <limits>
+
+#include "launch.cuh"
+#include "log_mel/log_mel_kernel.cuh"
+
+namespace atst {
+namespace {
+
+void check_table(const Call& call, const Tensor& t, int64_t dim, const char* name) {
+  call.same_device(t, name);
+  check_dtype(t, ScalarType::Float, call.op, name);
+  check_contiguous(t, call.op, name);
+  check_dim(t, dim, call.op, name);
+}
+
+template <int G>
+void run(const Call& call, LogMelArgs a) {
+  constexpr int frames = MelShape<G>::frames;
+  a.tiles = (a.frames + frames - 1) / frames;
+  a.weights = log_mel_weights(MelShape<G>::n_fft, a.n_mels);
+  const int64_t blocks = std::min<int64_t>(a.rows * a.tiles, 2 * call.multiprocessors);
+  const size_t shared = MelShared<G>::bytes(a.hop, a.n_mels, a.weights);
+  call.launch(log_mel_kernel<G>, dim3(static_cast<unsigned>(blocks)), dim3(kMelThreads), shared, a);
+}
+
+// Arguments and result as of the CPU operator (log_mel_cpu.cpp). A length on the device cannot be looked at here: where
+// it is impossible, the clip becomes NaN.
+Tensor log_mel(const Tensor& waveform, const Tensor& window, const Tensor& fb, const std::optional<Tensor>& lengths,
+               int64_t hop, std::optional<double> top_db, double scale, double bias, int64_t group) {
+  const char* op = "log_mel";
+  check_device(waveform, op, "waveform");
+  const Call call(op, waveform);
+  const bool is_int16 = waveform.scalar_type() == ScalarType::Short;
+  ATST_CHECK(is_int16 || waveform.scalar_type() == ScalarType::Float, op, ": waveform must be float32 or int16");
+  check_dim(waveform, 2, op, "waveform");
+  check_contiguous(waveform, op, "waveform");
+  check_table(call, window, 1, "window");
+  check_table(call, fb, 2, "fb");
+  const int64_t rows = waveform.size(0), samples = waveform.size(1), n_fft = window.size(0), n_mels = fb.size(1);
+  ATST_CHECK(n_fft == 512 || n_fft == 1024 || n_fft == 2048, op, ": window must have 512, 1024 or 2048 values");
+  ATST_CHECK(fb.size(0) == n_fft / 2 + 1, op, ": fb must have n_fft / 2 + 1 rows");
+  ATST_CHECK(n_mels <= 1024, op, ": fb must have at most 1024 columns on a GPU, got ", n_mels);
+  ATST_CHECK(hop > 0 && hop <= n_fft, op, ": hop_length must be from 1 to n_fft");
+  ATST_CHECK(scale > 0, op, ": scale must be positive");
+  ATST_CHECK(group > 0 && rows % group == 0, op, ": group must divide the number of rows");
+  ATST_CHECK(rows == 0 || samples > n_fft / 2, op, ": waveform must have more than n_fft / 2 samples");
+  if (lengths) {
+    call.same_device(*lengths, "lengths");
+    check_contiguous(*lengths, op, "lengths");
+    check_dtype(*lengths, ScalarType::Long, op, "lengths");
+    ATST_CHECK(lengths->dim() == 1 && lengths->size(0) == rows, op, ": lengths must have one entry per row");
+    ATST_CHECK(group == 1, op, ": group must be 1 with lengths");
+  }
+  const int64_t frames = samples / hop + 1;
+  Tensor out = torch::stable::new_empty(waveform, {rows, n_mels, frames}, ScalarType::Float);
+  if (rows == 0 || n_mels == 0) return out;
+  const int64_t groups = rows / group, tile_frames = int64_t(kMelThreads) * 64 / n_fft;
+  const int64_t group_tiles = group * ((frames + tile_frames - 1) / tile_frames);
+  ATST_CHECK(groups <= std::numeric_limits<int32_t>::max() && group_tiles <= std::numeric_limits<int32_t>::max(), op,
+             ": waveform is too large");
+  Tensor counters = torch::stable::new_empty(waveform, {2 * groups}, ScalarType::Int);
+  Tensor tile_min = torch::stable::new_empty(waveform, {groups * group_tiles}, ScalarType::Float);
+  LogMelArgs a{};
+  a.wave = call.in<void>(waveform);
+  a.window = call.in<float>(window), a.fb = call.in<float>(fb);
+  a.lengths = lengths ? call.in<int64_t>(*lengths) : nullptr;
+  a.out = call.out<float>(out);
+  if (top_db) {
+    a.peak = call.scratch<uint32_t>(counters), a.ticket = a.peak + groups;
+    a.tile_min = call.scratch<float>(tile_min);
+    call.zero(a.peak, 2 * groups * sizeof(uint32_t));
+  }
+  a.rows = rows, a.samples = samples, a.frames = frames;
+  a.hop = static_cast<int>(hop), a.n_mels = static_cast<int>(n_mels), a.group = static_cast<int>(group);
+  a.is_int16 = is_int16;
+  a.top_db = top_db ? static_cast<float>(*top_db) : 0.0f;
+  a.scale = static_cast<float>(scale), a.bias = static_cast<float>(bias);
+  if (n_fft == 512)
+    run<8>(call, a);
+  else if (n_fft == 1024)
+    run<16>(call, a);
+  else
+    run<32>(call, a);
+  return out;
+}
+
+}  // namespace
+}  // namespace atst
+
+ATST_CUDA_IMPL(m) { m.impl("log_mel", TORCH_BOX(&atst::log_mel)); }

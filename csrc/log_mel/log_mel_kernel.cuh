@@ -1,0 +1,434 @@
+// Waveform to normalised log-mel in one launch; the formula is in log_mel.h.
+//
+// Share of the work. Blocks of 256 threads stay resident and walk over tiles of 256 / G frames, G = n_fft / 64 lanes to
+// a frame (16 of them at n_fft 1024). Per tile:
+//   1. its samples go to shared memory once, converted and reflected (each is used n_fft / hop = 6.4 times)
+//   2. n_fft real samples are P = n_fft / 2 complex ones. Lane n2 takes points G n1 + n2, n1 < 32, through a transform
+//      of 32 in registers, multiplies by e^(-2 pi i n2 k1 / P), and after ONE exchange through shared memory holds
+//      rows k1 = lane and 32 - lane, which transforms of G points turn into Z[k1 + 32 k2]. The two rows are chosen so
+//      that a pair k, P - k, from which the spectrum of the real samples comes, lies in one lane (G = 32: one row, the
+//      partner's comes by shuffle; lane 0 is the exception, and selects). Power goes back to shared memory.
+//   3. a warp takes a filter at a time: lanes are frames, so that the weights are broadcasts, powers come without bank
+//      conflicts (see power_row) and results are stored in runs of a tile's frames.
+// The filterbank arrives dense. Each block finds its nonzero runs once and keeps them in shared memory: no table is
+// cached between calls, so none can be stale, and a block that lives for a whole batch pays 1 % for it.
+//
+// The floor. A tile publishes the maximum of its decibels (atomic, on order-preserving integers) and keeps its minimum;
+// the block that finishes the last tile of a floor group (a ticket) raises what lies below the floor, tile by tile, and
+// leaves tiles alone that have nothing there. What it reads was written microseconds before: it is in L2. So the floor
+// costs no pass over memory and no second launch, and the consumer gets final values.
+//
+// Bytes: 2 or 4 per sample, 4 n_mels per frame. Operations per frame, n_fft 1024: 2,000 FFMA/FADD/FMUL a lane, 28 k in
+// all, plus 1,026 of mel. Shared memory: 225 wavefronts (128 bytes) per frame: samples 32, window 32, twiddles 31,
+// exchange 64, powers 17, mel 49. At one wavefront per cycle that is the floor of this design.
+//
+// float32 throughout: half-precision tensor cores do not hold 80 dB.
+#pragma once
+
+#include "log_mel/fft.cuh"
+
+namespace atst {
+
+constexpr int kMelThreads = 256;
+
+struct LogMelArgs {
+  const void* wave;  // [rows, samples], int16 or float32
+  const float *window, *fb;
+  const int64_t* lengths;   // [rows] or null
+  float* out;               // [rows, n_mels, frames]
+  uint32_t *peak, *ticket;  // [rows / group], zero at the start; null: no floor
+  float* tile_min;          // [rows, tiles]
+  int64_t rows, samples, frames, tiles;
+  int hop, n_mels, group;
+  int weights;  // floats of shared memory for the filterbank's runs
+  bool is_int16;
+  float top_db, scale, bias;
+};
+
+template <int G>
+struct MelShape {
+  static constexpr int n_fft = 64 * G, points = 32 * G;
+  static constexpr int frames = kMelThreads / G;  // of a tile
+  static constexpr int split = 32 / frames;       // lanes that share the bins of a filter and frame
+  static constexpr int row = G + 1;               // complex values from one row of the exchange to the next
+  // floats of a frame's region: the exchange (for G = 8 shifted by half the banks in odd frames), later the powers
+  static constexpr int region = (32 * row * 2 + (G == 8 ? 16 : 0) + 31) / 32 * 32;
+  static constexpr int power_pad = 4 * split;  // zeros that a filter's padded weights meet past the last bin
+};
+
+inline int log_mel_weights(int n_fft, int n_mels) {
+  // two triangles to a bin, and each filter's bins are dealt to `split` lanes in multiples of four
+  return 2 * (n_fft / 2 + 1) / 4 * 4 + 4 * (n_fft / 512 + 1) * n_mels;
+}
+
+// The block's shared memory; all sizes in floats.
+template <int G>
+struct MelShared {
+  float *region, *window, *twiddle, *roots, *weights, *samples;
+  int *first, *last, *offset;  // [n_mels]: bins of a filter, and where its weights start
+  uint32_t* warp_top;          // [8]
+  float* warp_min;             // [8]
+  int* flags;                  // [0]: the filterbank does not fit, [1]: the floor group to finish, or -1
+
+  __device__ __forceinline__ MelShared(float* base, const LogMelArgs& a) {
+    using Shape = MelShape<G>;
+    region = base;
+    window = region + Shape::frames * Shape::region;
+    twiddle = window + Shape::n_fft;
+    roots = twiddle + Shape::n_fft;
+    weights = roots + 6 * G;
+    warp_min = weights + a.weights;
+    warp_top = reinterpret_cast<uint32_t*>(warp_min + 8);
+    flags = reinterpret_cast<int*>(warp_top + 8);
+    first = flags + 4;
+    last = first + a.n_mels;
+    offset = last + a.n_mels;
+    samples = reinterpret_cast<float*>(offset + (3 * a.n_mels + 3) / 4 * 4 - 2 * a.n_mels);
+  }
+  static size_t bytes(int hop, int n_mels, int weights) {
+    using Shape = MelShape<G>;
+    const int tables = 2 * Shape::n_fft + 6 * G + weights + 20 + (3 * n_mels + 3) / 4 * 4;
+    return sizeof(float) * (Shape::frames * Shape::region + tables + (Shape::frames - 1) * hop + Shape::n_fft);
+  }
+};
+
+// Order-preserving: larger floats have larger keys, NaN the largest, and no float has key 0.
+__device__ __forceinline__ uint32_t float_key(float x) {
+  if (x != x) return 0xffffffffu;
+  const uint32_t bits = __float_as_uint(x);
+  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+__device__ __forceinline__ float key_float(uint32_t key) {
+  return __uint_as_float(key ^ (key >> 31 ? 0x80000000u : 0xffffffffu));
+}
+
+__device__ __forceinline__ Complex unit_root(int k, int n) {
+  double s, c;
+  sincospi(-2.0 * k / n, &s, &c);
+  return {static_cast<float>(c), static_cast<float>(s)};
+}
+
+// Window (halved: the real transform's unpacking halves every value, exactly), twiddles, and the filterbank's runs.
+template <int G>
+__device__ void make_mel_tables(const LogMelArgs& a, const MelShared<G>& s) {
+  using Shape = MelShape<G>;
+  constexpr int bins = Shape::points + 1;
+  const int tid = threadIdx.x;
+  for (int m = tid; m < a.n_mels; m += kMelThreads) s.first[m] = bins, s.last[m] = -1;
+  if (tid == 0) s.flags[0] = 0, s.flags[1] = -1;
+  __syncthreads();
+  // a thread reads one column, every `step`-th row of it: coalesced, and many loads in flight
+  const int columns = a.n_mels < kMelThreads ? a.n_mels : kMelThreads, step = kMelThreads / columns;
+  for (int m = tid % columns; m < a.n_mels && tid / columns < step; m += columns) {
+    int first = bins, last = -1;
+#pragma unroll 32
+    for (int k = tid / columns; k < bins; k += step) {
+      const bool used = __ldg(a.fb + int64_t(k) * a.n_mels + m) != 0.0f;
+      first = used && k < first ? k : first;
+      last = used ? k : last;
+    }
+    atomicMin(s.first + m, first);
+    atomicMax(s.last + m, last);
+  }
+  for (int i = tid; i < Shape::n_fft; i += kMelThreads) s.window[i] = 0.5f * __ldg(a.window + i);
+  for (int i = tid; i < Shape::points; i += kMelThreads) {
+    const Complex w = unit_root(i / G * (i % G), Shape::points);
+    s.twiddle[2 * i] = w.re, s.twiddle[2 * i + 1] = w.im;
+  }
+  // what pair_rows, pair_lanes and pair_plain_rows start their own factors from, per lane
+  for (int i = tid; i < 3 * G; i += kMelThreads) {
+    const int lane = i % G, k = i < G        ? lane
+                                : i >= 2 * G ? (lane == 0 ? 8 : 16 - lane)
+                                : G == 32    ? lane + 32
+                                : lane == 0  ? 16
+                                             : lane;
+    const Complex w = unit_root(k, Shape::n_fft);
+    s.roots[2 * i] = w.re, s.roots[2 * i + 1] = w.im;
+  }
+  __syncthreads();
+  auto padded = [&](int m) { return (s.last[m] - s.first[m] + 4 * Shape::split) / (4 * Shape::split) * 4; };
+  for (int m = tid; m < a.n_mels; m += kMelThreads) {
+    int offset = 0;
+    for (int j = 0; j < m; ++j) offset += s.last[j] < 0 ? 0 : padded(j) * Shape::split;
+    s.offset[m] = offset;
+    if (m == a.n_mels - 1 && offset + (s.last[m] < 0 ? 0 : padded(m) * Shape::split) > a.weights) s.flags[0] = 1;
+  }
+  __syncthreads();
+  if (s.flags[0]) return;
+  for (int m = tid / 32; m < a.n_mels; m += kMelThreads / 32) {
+    const int count = s.last[m] < 0 ? 0 : padded(m);
+    for (int i = tid % 32; i < count * Shape::split; i += 32) {
+      const int k = s.first[m] + i % count * Shape::split + i / count;
+      s.weights[s.offset[m] + i] = k <= s.last[m] ? __ldg(a.fb + int64_t(k) * a.n_mels + m) : 0.0f;
+    }
+  }
+}
+
+__device__ __forceinline__ float as_sample(float x) { return x; }
+__device__ __forceinline__ float as_sample(int16_t x) { return static_cast<float>(x) * (1.0f / 32768); }
+
+// Samples [start, start + count) of a clip of n, reflected at both ends; zeros where even that does not reach (frames
+// past the last one).
+template <class T>
+__device__ __forceinline__ void stage_samples(const T* wave, int64_t n, int64_t start, int count, float* to) {
+  if (start >= 0 && start + count <= n) {
+#pragma unroll 16
+    for (int i = threadIdx.x; i < count; i += kMelThreads) to[i] = as_sample(__ldg(wave + start + i));
+    return;
+  }
+  for (int i = threadIdx.x; i < count; i += kMelThreads) {
+    int64_t j = start + i < 0 ? -(start + i) : start + i;
+    j = j >= n ? 2 * (n - 1) - j : j;
+    to[i] = j >= 0 && j < n ? as_sample(__ldg(wave + j)) : 0.0f;
+  }
+}
+
+// Where the powers of a tile's frame start. In step 2 the frames of a warp store side by side, so they lie G banks
+// apart; in step 3 a warp reads the same bin of all frames, `split` bins at a time, so all frames lie `split` banks
+// apart.
+template <int G>
+__device__ __forceinline__ float* power_row(const MelShared<G>& s, int frame) {
+  constexpr int per_warp = 32 / G;
+  return s.region + frame * MelShape<G>::region + MelShape<G>::split * (frame / per_warp) + G * (frame % per_warp);
+}
+
+// Powers of bins k and P - k, from Z[k], Z[P - k] and e^(-2 pi i k / n_fft).
+__device__ __forceinline__ void pair_power(Complex zk, Complex zn, Complex w, float* power, int k, int mirror) {
+  const Complex even = {zk.re + zn.re, zk.im - zn.im}, odd = {zk.im + zn.im, zn.re - zk.re};
+  const Complex turned = w * odd, x = even + turned, y = even - turned;
+  power[k] = __fmaf_rn(x.re, x.re, x.im * x.im);
+  power[mirror] = __fmaf_rn(y.re, y.re, y.im * y.im);
+}
+
+__device__ __forceinline__ Complex select(bool first, Complex a, Complex b) {
+  return {first ? a.re : b.re, first ? a.im : b.im};
+}
+
+// Rows k1 = lane and 32 - lane (lane 0: 0 and 16), transformed: power of all their bins.
+template <int G>
+__device__ __forceinline__ void pair_rows(const Complex* a, const Complex* b, const Complex* root, int lane,
+                                          float* power) {
+  constexpr int P = 32 * G;
+#pragma unroll
+  for (int s = 0; s < G; ++s) {
+    const bool low = s < G / 2, special = lane == 0;
+    const Complex zk = low ? a[s] : select(special, b[s], a[s]);
+    const Complex zn = low ? select(special, a[(G - s) % G], b[G - 1 - s]) : b[G - 1 - s];
+    const int k = lane + 32 * s + (!low && special ? 16 : 0);
+    pair_power(zk, zn, rotate32(root[low ? 0 : 1], s * (16 / G)), power, k, P - k);
+  }
+  if (lane == 0) power[P / 2] = 4 * __fmaf_rn(a[G / 2].re, a[G / 2].re, a[G / 2].im * a[G / 2].im);
+}
+
+// Rows k1 and 32 - k1 of lanes that have no exception.
+template <int G>
+__device__ __forceinline__ void pair_plain_rows(const Complex* a, const Complex* b, Complex root, int k1,
+                                                float* power) {
+#pragma unroll
+  for (int s = 0; s < G; ++s)
+    pair_power(a[s], b[G - 1 - s], rotate32(root, s * (16 / G)), power, k1 + 32 * s, 32 * G - k1 - 32 * s);
+}
+
+// One row per lane: the partner, row 32 - lane, is another lane's.
+__device__ __forceinline__ void pair_lanes(const Complex* a, const Complex* root, int lane, float* power) {
+#pragma unroll
+  for (int s = 0; s < 16; ++s) {
+    const Complex partner = {__shfl_sync(0xffffffffu, a[31 - s].re, (32 - lane) & 31),
+                             __shfl_sync(0xffffffffu, a[31 - s].im, (32 - lane) & 31)};
+    const int k = lane + 32 * s;
+    pair_power(a[s], select(lane == 0, a[(32 - s) % 32], partner), rotate32(root[s % 2], s / 2), power, k, 1024 - k);
+  }
+  if (lane == 0) power[512] = 4 * __fmaf_rn(a[16].re, a[16].re, a[16].im * a[16].im);
+}
+
+// G lanes turn the frame that starts at `x` into powers of its n_fft / 2 + 1 bins.
+template <int G>
+__device__ void frame_power(const MelShared<G>& s, const float* x, bool even_hop, int frame, int lane) {
+  using Shape = MelShape<G>;
+  Complex z[32], y[32];
+  const auto* window = reinterpret_cast<const float2*>(s.window);
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    const int n = G * i + lane;
+    const float2 v = even_hop ? reinterpret_cast<const float2*>(x)[n] : make_float2(x[2 * n], x[2 * n + 1]);
+    z[i] = {v.x * window[n].x, v.y * window[n].y};
+  }
+  fft<32>(z, y);
+  const auto* twiddle = reinterpret_cast<const float2*>(s.twiddle);
+  float2* exchange = reinterpret_cast<float2*>(s.region + frame * Shape::region + (G == 8 ? 16 * (frame & 1) : 0));
+#pragma unroll
+  for (int k = 0; k < 32; ++k) {
+    const float2 w = twiddle[k * G + lane];
+    const Complex turned = k == 0 ? y[0] : y[k] * Complex{w.x, w.y};
+    exchange[k * Shape::row + lane] = make_float2(turned.re, turned.im);
+  }
+  __syncwarp();
+  // rows of this lane: first the pair (k1, 32 - k1), for G = 8 a second one
+  const int rows[4] = {lane, lane == 0 ? 16 : 32 - lane, lane == 0 ? 8 : 16 - lane, lane == 0 ? 24 : 16 + lane};
+#pragma unroll
+  for (int r = 0; r < 32 / G; ++r) {
+#pragma unroll
+    for (int i = 0; i < G; ++i) {
+      const float2 v = exchange[rows[r] * Shape::row + i];
+      z[r * G + i] = {v.x, v.y};
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int r = 0; r < 32 / G; ++r) fft<G>(z + r * G, y + r * G);
+  const auto* root = reinterpret_cast<const float2*>(s.roots) + lane;
+  const Complex roots[3] = {{root[0].x, root[0].y}, {root[G].x, root[G].y}, {root[2 * G].x, root[2 * G].y}};
+  float* power = power_row(s, frame);
+  if constexpr (G == 32) {
+    pair_lanes(y, roots, lane, power);
+  } else {
+    pair_rows<G>(y, y + G, roots, lane, power);
+    if constexpr (G == 8) pair_plain_rows<G>(y + 2 * G, y + 3 * G, roots[2], rows[2], power);
+  }
+  if (lane < Shape::power_pad) power[Shape::points + 1 + lane] = 0.0f;
+}
+
+// Filter m of the frame whose powers are `power`: this lane's share of the bins.
+template <int G>
+__device__ __forceinline__ float mel_share(const LogMelArgs& a, const MelShared<G>& s, const float* power, int m,
+                                           int phase) {
+  constexpr int split = MelShape<G>::split;
+  const int first = s.first[m], last = s.last[m];
+  float sum0 = 0.0f, sum1 = 0.0f;
+  if (s.flags[0]) {
+    for (int k = first + phase; k <= last; k += split)
+      sum0 = __fmaf_rn(power[k], __ldg(a.fb + int64_t(k) * a.n_mels + m), sum0);
+    return sum0;
+  }
+  const int count = last < 0 ? 0 : (last - first + 4 * split) / (4 * split) * 4;
+  const float* weights = s.weights + s.offset[m] + phase * count;
+  const float* p = power + first + phase;
+  for (int i = 0; i < count; i += 4) {
+    const float4 w = *reinterpret_cast<const float4*>(weights + i);
+    sum0 = __fmaf_rn(p[i * split], w.x, sum0);
+    sum1 = __fmaf_rn(p[(i + 1) * split], w.y, sum1);
+    sum0 = __fmaf_rn(p[(i + 2) * split], w.z, sum0);
+    sum1 = __fmaf_rn(p[(i + 3) * split], w.w, sum1);
+  }
+  return sum0 + sum1;
+}
+
+// Step 3: decibels of a tile, scaled; the warp's largest and smallest go to shared memory.
+template <int G>
+__device__ void mel_tile(const LogMelArgs& a, const MelShared<G>& s, int64_t row, int64_t t0, int64_t valid) {
+  using Shape = MelShape<G>;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, frame = lane % Shape::frames;
+  const float* power = power_row(s, frame);
+  const int64_t t = t0 + frame;
+  float* out = a.out + row * a.n_mels * a.frames + t;
+  uint32_t top = 0;
+  float least = __int_as_float(0x7f800000);
+  for (int m = warp; m < a.n_mels; m += kMelThreads / 32) {
+    float sum = mel_share(a, s, power, m, lane / Shape::frames);
+#pragma unroll
+    for (int d = Shape::frames; d < 32; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    const float db = 3.01029995663981195214f * __log2f(sum < 1e-10f ? 1e-10f : sum);
+    if (lane < Shape::frames && t < a.frames) {
+      out[m * a.frames] = t < valid ? __fmaf_rn(db, a.scale, a.bias) : 0.0f;
+      if (t < valid) {
+        top = max(top, float_key(db));
+        least = fminf(least, db);
+      }
+    }
+  }
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) {
+    top = max(top, __shfl_xor_sync(0xffffffffu, top, d));
+    least = fminf(least, __shfl_xor_sync(0xffffffffu, least, d));
+  }
+  if (lane == 0) s.warp_top[warp] = top, s.warp_min[warp] = least;
+}
+
+// What a tile holds that has no frame of its clip: zeros, or NaN where the clip's length is impossible.
+template <int G>
+__device__ void fill_tile(const LogMelArgs& a, const MelShared<G>& s, int64_t row, int64_t t0, float value) {
+  constexpr int frames = MelShape<G>::frames;
+  for (int i = threadIdx.x; i < a.n_mels * frames; i += kMelThreads) {
+    const int64_t t = t0 + i % frames;
+    if (t < a.frames) a.out[(row * a.n_mels + i / frames) * a.frames + t] = value;
+  }
+  if (threadIdx.x < 8) s.warp_top[threadIdx.x] = 0, s.warp_min[threadIdx.x] = __int_as_float(0x7f800000);
+}
+
+// By one thread, once all threads have written the tile: true if it was the last one of its floor group.
+template <int G>
+__device__ bool publish_tile(const LogMelArgs& a, const MelShared<G>& s, int64_t item) {
+  uint32_t top = 0;
+  float least = s.warp_min[0];
+  for (int w = 0; w < kMelThreads / 32; ++w) {
+    top = max(top, s.warp_top[w]);
+    least = fminf(least, s.warp_min[w]);
+  }
+  const int64_t tiles = a.group * a.tiles, g = item / tiles;
+  a.tile_min[item] = least;
+  atomicMax(a.peak + g, top);
+  __threadfence();
+  return atomicAdd(a.ticket + g, 1u) == static_cast<uint32_t>(tiles - 1);
+}
+
+// max(y, floor) over a whole floor group; a warp takes a tile at a time, and only those that reach below.
+template <int G>
+__device__ void finish_group(const LogMelArgs& a, int64_t g) {
+  constexpr int frames = MelShape<G>::frames, step = 32 / frames;
+  __threadfence();
+  const float floor = key_float(__ldcg(a.peak + g)) - a.top_db, y_floor = __fmaf_rn(floor, a.scale, a.bias);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int64_t i = warp; i < a.group * a.tiles; i += kMelThreads / 32) {
+    const int64_t item = g * a.group * a.tiles + i, row = item / a.tiles;
+    const int64_t n = a.lengths ? __ldg(a.lengths + row) : a.samples, valid = n > 0 ? n / a.hop + 1 : 0;
+    const int64_t t = item % a.tiles * frames + lane % frames;
+    if (__ldcg(a.tile_min + item) >= floor || t >= valid) continue;
+    float* out = a.out + (row * a.n_mels + lane / frames) * a.frames + t;
+#pragma unroll 16
+    for (int m = lane / frames; m < a.n_mels; m += step, out += step * a.frames) {
+      const float y = __ldcg(out);
+      if (!(y >= y_floor)) *out = y_floor;
+    }
+  }
+}
+
+template <int G>
+__global__ void __launch_bounds__(kMelThreads, 2) log_mel_kernel(const __grid_constant__ LogMelArgs a) {
+  using Shape = MelShape<G>;
+  const MelShared<G> s(shared_memory<float>(), a);
+  make_mel_tables(a, s);
+  const int frame = threadIdx.x / G, lane = threadIdx.x % G;
+  const bool even_hop = a.hop % 2 == 0;
+  int64_t before = -1;  // the tile whose maximum is still to be published
+  for (int64_t item = blockIdx.x;; item += gridDim.x) {
+    const bool more = item < a.rows * a.tiles;
+    const int64_t row = item / a.tiles, t0 = item % a.tiles * Shape::frames;
+    const int64_t n = !more || !a.lengths ? a.samples : __ldg(a.lengths + row);
+    const bool possible = n == 0 || (n > Shape::points && n <= a.samples);
+    const int64_t valid = possible && n > 0 ? n / a.hop + 1 : 0;
+    const bool active = more && t0 < valid;
+    if (active) {
+      const int64_t start = t0 * a.hop - Shape::points;
+      const int count = (Shape::frames - 1) * a.hop + Shape::n_fft;
+      if (a.is_int16)
+        stage_samples(static_cast<const int16_t*>(a.wave) + row * a.samples, n, start, count, s.samples);
+      else
+        stage_samples(static_cast<const float*>(a.wave) + row * a.samples, n, start, count, s.samples);
+    }
+    __syncthreads();
+    // the tile before is written: one thread says so while the others transform this one
+    if (a.peak && before >= 0 && threadIdx.x == 0)
+      s.flags[1] = publish_tile(a, s, before) ? static_cast<int>(before / (a.group * a.tiles)) : -1;
+    if (active) frame_power<G>(s, s.samples + frame * a.hop, even_hop, frame, lane);
+    __syncthreads();
+    if (a.peak && s.flags[1] >= 0) finish_group<G>(a, s.flags[1]);
+    if (!more) return;
+    if (active)
+      mel_tile<G>(a, s, row, t0, valid);
+    else
+      fill_tile<G>(a, s, row, t0, possible ? 0.0f : __int_as_float(0x7fc00000));
+    before = item;
+  }
+}
+
+}  // namespace atst
