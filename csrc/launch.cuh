@@ -40,6 +40,7 @@ class Call {
     stream = static_cast<cudaStream_t>(current);
     int major = 0, minor = 0;
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device_));
+    check(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_));
     ATST_CHECK(major >= 8, op, ": needs a GPU of compute capability 8.0 or newer, got ", major, ".", minor);
@@ -104,7 +105,7 @@ class Call {
   }
 
   const char* op;
-  int multiprocessors = 2;  // what the shim says
+  int multiprocessors = 2, shared_limit = 227 * 1024;  // bytes of a block; what the shim says
 #if defined(__CUDACC__)
   cudaStream_t stream = nullptr;
 #endif

@@ -12,6 +12,7 @@ from atst_fast.reference import log_mel as reference
 
 _OP = "log_mel"
 _AXES = "[..., N] (N samples)"
+_CPU = torch.device("cpu")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -46,14 +47,16 @@ def log_mel(
         minmax: dB values that become -1 and 1, or None to return dB.
         lengths: int64 ``[B]`` for a waveform ``[B, N]`` or ``[B, 1, N]``: valid samples of each clip, 0 or more than
             n_fft // 2. Each clip is transformed as if it ended there; frames past its own ``lengths // hop_length + 1``
-            (all of them at length 0) are 0.
+            (all of them at length 0) are 0. Lengths on a GPU are not looked at beforehand: where one is impossible,
+            the clip is NaN.
         dtype: of the result: float32, float16 or bfloat16.
 
     Returns:
         ``[..., n_mels, T]`` with ``T = N // hop_length + 1``.
 
     Differentiable with respect to ``waveform`` if that requires a gradient: then the PyTorch reference runs.
-    NaN and infinity spread to all of their floor group, as in torchaudio, and no further.
+    NaN and infinity spread to all of their floor group, as in torchaudio, and no further. On a GPU it is one launch, at
+    most 1024 triangles, and the same bits every time.
     Largest error against float64, within 60 dB of the strongest bin of a clip's spectra (that of a constant offset
     counts, which no triangle reads): 0.002 dB, or 3e-5 on the normalised scale; down to 80 dB: 0.02 dB, 3e-4. The bits
     do not depend on the number of threads.
@@ -62,9 +65,8 @@ def log_mel(
     Raises:
         TypeError: waveform, lengths or dtype of another dtype. ValueError: a shape, length or setting out of range.
     """
-    window, fb = tables(sample_rate, n_fft, win_length, f_min, f_max, n_mels)
-    if isinstance(waveform, Tensor):
-        window, fb = window.to(waveform.device), fb.to(waveform.device)
+    device = waveform.device if isinstance(waveform, Tensor) else _CPU
+    window, fb = tables(sample_rate, n_fft, win_length, f_min, f_max, n_mels, device)
     return log_mel_with(waveform, window, fb, hop_length, top_db=top_db, minmax=minmax, lengths=lengths, dtype=dtype)
 
 
@@ -113,15 +115,22 @@ def log_mel_with(
 
 @lru_cache(maxsize=32)
 def tables(
-    sample_rate: int, n_fft: int, win_length: int | None, f_min: float, f_max: float, n_mels: int
+    sample_rate: int,
+    n_fft: int,
+    win_length: int | None,
+    f_min: float,
+    f_max: float,
+    n_mels: int,
+    device: torch.device = _CPU,
 ) -> tuple[Tensor, Tensor]:
     """Periodic Hann window ``[win_length]`` and HTK triangles ``[n_fft // 2 + 1, n_mels]``, float32; checked settings.
 
-    Do not write into the tensors: they are cached.
+    Do not write into the tensors: they are cached, per device.
     """
     # made of ordinary tensors whatever mode the first caller is in: inference, fake tensors, another default device
     with torch.inference_mode(False), _disable_current_modes():
-        return _make_tables(sample_rate, n_fft, win_length, f_min, f_max, n_mels)
+        window, fb = _make_tables(sample_rate, n_fft, win_length, f_min, f_max, n_mels)
+        return window.to(device), fb.to(device)
 
 
 def _make_tables(sample_rate, n_fft, win_length, f_min, f_max, n_mels) -> tuple[Tensor, Tensor]:

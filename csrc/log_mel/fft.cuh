@@ -1,6 +1,6 @@
 // Complex transforms of 4, 8, 16 and 32 points in the registers of one thread. Every index is a compile-time constant
 // once the loops are unrolled, so arrays are registers, permutations are free and twiddles are immediate operands.
-// Operations (additions and multiplications, fused ones once): 16, 52, 152, 412.
+// Operations (additions and multiplications, fused ones once): 16, 56, 160, 432.
 #pragma once
 
 #include "device.cuh"

@@ -1,4 +1,5 @@
 // The boundary of log_mel on a GPU: checks, the output and its scratch, one launch.
+#include <algorithm>
 #include <limits>
 
 #include "launch.cuh"
@@ -18,7 +19,11 @@ template <int G>
 void run(const Call& call, LogMelArgs a) {
   constexpr int frames = MelShape<G>::frames;
   a.tiles = (a.frames + frames - 1) / frames;
-  a.weights = log_mel_weights(MelShape<G>::n_fft, a.n_mels);
+  // runs that do not fit are read from the filterbank itself
+  const size_t limit = call.shared_limit, least = MelShared<G>::bytes(a.hop, a.n_mels, 0);
+  ATST_CHECK(least <= limit, call.op, ": n_fft, hop_length and n_mels together need ", least,
+             " bytes of shared memory, and this GPU has ", limit);
+  a.weights = std::min(log_mel_weights(MelShape<G>::n_fft, a.n_mels), static_cast<int>((limit - least) / 16 * 4));
   const int64_t blocks = std::min<int64_t>(a.rows * a.tiles, 2 * call.multiprocessors);
   const size_t shared = MelShared<G>::bytes(a.hop, a.n_mels, a.weights);
   call.launch(log_mel_kernel<G>, dim3(static_cast<unsigned>(blocks)), dim3(kMelThreads), shared, a);

@@ -18,79 +18,16 @@
 // leaves tiles alone that have nothing there. What it reads was written microseconds before: it is in L2. So the floor
 // costs no pass over memory and no second launch, and the consumer gets final values.
 //
-// Bytes: 2 or 4 per sample, 4 n_mels per frame. Operations per frame, n_fft 1024: 2,000 FFMA/FADD/FMUL a lane, 28 k in
+// Bytes: 2 or 4 per sample, 4 n_mels per frame. Operations per frame, n_fft 1024: 1,260 FFMA/FADD/FMUL a lane, 20 k in
 // all, plus 1,026 of mel. Shared memory: 225 wavefronts (128 bytes) per frame: samples 32, window 32, twiddles 31,
 // exchange 64, powers 17, mel 49. At one wavefront per cycle that is the floor of this design.
 //
 // float32 throughout: half-precision tensor cores do not hold 80 dB.
 #pragma once
 
-#include "log_mel/fft.cuh"
+#include "log_mel/log_mel_tables.cuh"
 
 namespace atst {
-
-constexpr int kMelThreads = 256;
-
-struct LogMelArgs {
-  const void* wave;  // [rows, samples], int16 or float32
-  const float *window, *fb;
-  const int64_t* lengths;   // [rows] or null
-  float* out;               // [rows, n_mels, frames]
-  uint32_t *peak, *ticket;  // [rows / group], zero at the start; null: no floor
-  float* tile_min;          // [rows, tiles]
-  int64_t rows, samples, frames, tiles;
-  int hop, n_mels, group;
-  int weights;  // floats of shared memory for the filterbank's runs
-  bool is_int16;
-  float top_db, scale, bias;
-};
-
-template <int G>
-struct MelShape {
-  static constexpr int n_fft = 64 * G, points = 32 * G;
-  static constexpr int frames = kMelThreads / G;  // of a tile
-  static constexpr int split = 32 / frames;       // lanes that share the bins of a filter and frame
-  static constexpr int row = G + 1;               // complex values from one row of the exchange to the next
-  // floats of a frame's region: the exchange (for G = 8 shifted by half the banks in odd frames), later the powers
-  static constexpr int region = (32 * row * 2 + (G == 8 ? 16 : 0) + 31) / 32 * 32;
-  static constexpr int power_pad = 4 * split;  // zeros that a filter's padded weights meet past the last bin
-};
-
-inline int log_mel_weights(int n_fft, int n_mels) {
-  // two triangles to a bin, and each filter's bins are dealt to `split` lanes in multiples of four
-  return 2 * (n_fft / 2 + 1) / 4 * 4 + 4 * (n_fft / 512 + 1) * n_mels;
-}
-
-// The block's shared memory; all sizes in floats.
-template <int G>
-struct MelShared {
-  float *region, *window, *twiddle, *roots, *weights, *samples;
-  int *first, *last, *offset;  // [n_mels]: bins of a filter, and where its weights start
-  uint32_t* warp_top;          // [8]
-  float* warp_min;             // [8]
-  int* flags;                  // [0]: the filterbank does not fit, [1]: the floor group to finish, or -1
-
-  __device__ __forceinline__ MelShared(float* base, const LogMelArgs& a) {
-    using Shape = MelShape<G>;
-    region = base;
-    window = region + Shape::frames * Shape::region;
-    twiddle = window + Shape::n_fft;
-    roots = twiddle + Shape::n_fft;
-    weights = roots + 6 * G;
-    warp_min = weights + a.weights;
-    warp_top = reinterpret_cast<uint32_t*>(warp_min + 8);
-    flags = reinterpret_cast<int*>(warp_top + 8);
-    first = flags + 4;
-    last = first + a.n_mels;
-    offset = last + a.n_mels;
-    samples = reinterpret_cast<float*>(offset + (3 * a.n_mels + 3) / 4 * 4 - 2 * a.n_mels);
-  }
-  static size_t bytes(int hop, int n_mels, int weights) {
-    using Shape = MelShape<G>;
-    const int tables = 2 * Shape::n_fft + 6 * G + weights + 20 + (3 * n_mels + 3) / 4 * 4;
-    return sizeof(float) * (Shape::frames * Shape::region + tables + (Shape::frames - 1) * hop + Shape::n_fft);
-  }
-};
 
 // Order-preserving: larger floats have larger keys, NaN the largest, and no float has key 0.
 __device__ __forceinline__ uint32_t float_key(float x) {
@@ -100,68 +37,6 @@ __device__ __forceinline__ uint32_t float_key(float x) {
 }
 __device__ __forceinline__ float key_float(uint32_t key) {
   return __uint_as_float(key ^ (key >> 31 ? 0x80000000u : 0xffffffffu));
-}
-
-__device__ __forceinline__ Complex unit_root(int k, int n) {
-  double s, c;
-  sincospi(-2.0 * k / n, &s, &c);
-  return {static_cast<float>(c), static_cast<float>(s)};
-}
-
-// Window (halved: the real transform's unpacking halves every value, exactly), twiddles, and the filterbank's runs.
-template <int G>
-__device__ void make_mel_tables(const LogMelArgs& a, const MelShared<G>& s) {
-  using Shape = MelShape<G>;
-  constexpr int bins = Shape::points + 1;
-  const int tid = threadIdx.x;
-  for (int m = tid; m < a.n_mels; m += kMelThreads) s.first[m] = bins, s.last[m] = -1;
-  if (tid == 0) s.flags[0] = 0, s.flags[1] = -1;
-  __syncthreads();
-  // a thread reads one column, every `step`-th row of it: coalesced, and many loads in flight
-  const int columns = a.n_mels < kMelThreads ? a.n_mels : kMelThreads, step = kMelThreads / columns;
-  for (int m = tid % columns; m < a.n_mels && tid / columns < step; m += columns) {
-    int first = bins, last = -1;
-#pragma unroll 32
-    for (int k = tid / columns; k < bins; k += step) {
-      const bool used = __ldg(a.fb + int64_t(k) * a.n_mels + m) != 0.0f;
-      first = used && k < first ? k : first;
-      last = used ? k : last;
-    }
-    atomicMin(s.first + m, first);
-    atomicMax(s.last + m, last);
-  }
-  for (int i = tid; i < Shape::n_fft; i += kMelThreads) s.window[i] = 0.5f * __ldg(a.window + i);
-  for (int i = tid; i < Shape::points; i += kMelThreads) {
-    const Complex w = unit_root(i / G * (i % G), Shape::points);
-    s.twiddle[2 * i] = w.re, s.twiddle[2 * i + 1] = w.im;
-  }
-  // what pair_rows, pair_lanes and pair_plain_rows start their own factors from, per lane
-  for (int i = tid; i < 3 * G; i += kMelThreads) {
-    const int lane = i % G, k = i < G        ? lane
-                                : i >= 2 * G ? (lane == 0 ? 8 : 16 - lane)
-                                : G == 32    ? lane + 32
-                                : lane == 0  ? 16
-                                             : lane;
-    const Complex w = unit_root(k, Shape::n_fft);
-    s.roots[2 * i] = w.re, s.roots[2 * i + 1] = w.im;
-  }
-  __syncthreads();
-  auto padded = [&](int m) { return (s.last[m] - s.first[m] + 4 * Shape::split) / (4 * Shape::split) * 4; };
-  for (int m = tid; m < a.n_mels; m += kMelThreads) {
-    int offset = 0;
-    for (int j = 0; j < m; ++j) offset += s.last[j] < 0 ? 0 : padded(j) * Shape::split;
-    s.offset[m] = offset;
-    if (m == a.n_mels - 1 && offset + (s.last[m] < 0 ? 0 : padded(m) * Shape::split) > a.weights) s.flags[0] = 1;
-  }
-  __syncthreads();
-  if (s.flags[0]) return;
-  for (int m = tid / 32; m < a.n_mels; m += kMelThreads / 32) {
-    const int count = s.last[m] < 0 ? 0 : padded(m);
-    for (int i = tid % 32; i < count * Shape::split; i += 32) {
-      const int k = s.first[m] + i % count * Shape::split + i / count;
-      s.weights[s.offset[m] + i] = k <= s.last[m] ? __ldg(a.fb + int64_t(k) * a.n_mels + m) : 0.0f;
-    }
-  }
 }
 
 __device__ __forceinline__ float as_sample(float x) { return x; }
