@@ -1,6 +1,5 @@
 // The boundary of log_mel on a GPU: checks, the output and its scratch, one launch.
 #include <algorithm>
-#include <limits>
 
 #include "launch.cuh"
 #include "log_mel/log_mel_kernel.cuh"
@@ -17,16 +16,14 @@ void check_table(const Call& call, const Tensor& t, int64_t dim, const char* nam
 
 template <int G>
 void run(const Call& call, LogMelArgs a) {
-  constexpr int frames = MelShape<G>::frames;
-  a.tiles = (a.frames + frames - 1) / frames;
   // runs that do not fit are read from the filterbank itself
   const size_t limit = call.shared_limit, least = MelShared<G>::bytes(a.hop, a.n_mels, 0);
   ATST_CHECK(least <= limit, call.op, ": n_fft, hop_length and n_mels together need ", least,
              " bytes of shared memory, and this GPU has ", limit);
   a.weights = std::min(log_mel_weights(MelShape<G>::n_fft, a.n_mels), static_cast<int>((limit - least) / 16 * 4));
-  const int64_t blocks = std::min<int64_t>(a.rows * a.tiles, 2 * call.multiprocessors);
+  const int blocks = std::min(a.items, 2 * call.multiprocessors);
   const size_t shared = MelShared<G>::bytes(a.hop, a.n_mels, a.weights);
-  call.launch(log_mel_kernel<G>, dim3(static_cast<unsigned>(blocks)), dim3(kMelThreads), shared, a);
+  call.launch(log_mel_kernel<G>, dim3(blocks), dim3(kMelThreads), shared, a);
 }
 
 // Arguments and result as of the CPU operator (log_mel_cpu.cpp). A length on the device cannot be looked at here: where
@@ -61,11 +58,11 @@ Tensor log_mel(const Tensor& waveform, const Tensor& window, const Tensor& fb, c
   Tensor out = torch::stable::new_empty(waveform, {rows, n_mels, frames}, ScalarType::Float);
   if (rows == 0 || n_mels == 0) return out;
   const int64_t groups = rows / group, tile_frames = int64_t(kMelThreads) * 64 / n_fft;
-  const int64_t group_tiles = group * ((frames + tile_frames - 1) / tile_frames);
-  ATST_CHECK(groups <= std::numeric_limits<int32_t>::max() && group_tiles <= std::numeric_limits<int32_t>::max(), op,
-             ": waveform is too large");
+  const int64_t tiles = (frames + tile_frames - 1) / tile_frames;
+  ATST_CHECK(tiles <= (int64_t(1) << 30) / rows, op, ": waveform is too large: ", rows, " clips of ", frames,
+             " frames");
   Tensor counters = torch::stable::new_empty(waveform, {2 * groups}, ScalarType::Int);
-  Tensor tile_min = torch::stable::new_empty(waveform, {groups * group_tiles}, ScalarType::Float);
+  Tensor tile_min = torch::stable::new_empty(waveform, {rows * tiles}, ScalarType::Float);
   LogMelArgs a{};
   a.wave = call.in<void>(waveform);
   a.window = call.in<float>(window), a.fb = call.in<float>(fb);
@@ -76,7 +73,8 @@ Tensor log_mel(const Tensor& waveform, const Tensor& window, const Tensor& fb, c
     a.tile_min = call.scratch<float>(tile_min);
     call.zero(a.peak, 2 * groups * sizeof(uint32_t));
   }
-  a.rows = rows, a.samples = samples, a.frames = frames;
+  a.samples = samples, a.frames = frames;
+  a.items = static_cast<int>(rows * tiles), a.tiles = static_cast<int>(tiles);
   a.hop = static_cast<int>(hop), a.n_mels = static_cast<int>(n_mels), a.group = static_cast<int>(group);
   a.is_int16 = is_int16;
   a.top_db = top_db ? static_cast<float>(*top_db) : 0.0f;

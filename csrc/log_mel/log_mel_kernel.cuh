@@ -122,11 +122,18 @@ __device__ void frame_power(const MelShared<G>& s, const float* x, bool even_hop
   using Shape = MelShape<G>;
   Complex z[32], y[32];
   const auto* window = reinterpret_cast<const float2*>(s.window);
+  if (even_hop) {
 #pragma unroll
-  for (int i = 0; i < 32; ++i) {
-    const int n = G * i + lane;
-    const float2 v = even_hop ? reinterpret_cast<const float2*>(x)[n] : make_float2(x[2 * n], x[2 * n + 1]);
-    z[i] = {v.x * window[n].x, v.y * window[n].y};
+    for (int i = 0; i < 32; ++i) {
+      const float2 v = reinterpret_cast<const float2*>(x)[G * i + lane], w = window[G * i + lane];
+      z[i] = {v.x * w.x, v.y * w.y};
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      const int n = 2 * (G * i + lane);
+      z[i] = {x[n] * s.window[n], x[n + 1] * s.window[n + 1]};
+    }
   }
   fft<32>(z, y);
   const auto* twiddle = reinterpret_cast<const float2*>(s.twiddle);
@@ -232,14 +239,14 @@ __device__ void fill_tile(const LogMelArgs& a, const MelShared<G>& s, int64_t ro
 
 // By one thread, once all threads have written the tile: true if it was the last one of its floor group.
 template <int G>
-__device__ bool publish_tile(const LogMelArgs& a, const MelShared<G>& s, int64_t item) {
+__device__ bool publish_tile(const LogMelArgs& a, const MelShared<G>& s, int item) {
   uint32_t top = 0;
   float least = s.warp_min[0];
   for (int w = 0; w < kMelThreads / 32; ++w) {
     top = max(top, s.warp_top[w]);
     least = fminf(least, s.warp_min[w]);
   }
-  const int64_t tiles = a.group * a.tiles, g = item / tiles;
+  const int tiles = a.group * a.tiles, g = item / tiles;
   a.tile_min[item] = least;
   atomicMax(a.peak + g, top);
   __threadfence();
@@ -248,15 +255,16 @@ __device__ bool publish_tile(const LogMelArgs& a, const MelShared<G>& s, int64_t
 
 // max(y, floor) over a whole floor group; a warp takes a tile at a time, and only those that reach below.
 template <int G>
-__device__ void finish_group(const LogMelArgs& a, int64_t g) {
+__device__ void finish_group(const LogMelArgs& a, int g) {
   constexpr int frames = MelShape<G>::frames, step = 32 / frames;
   __threadfence();
   const float floor = key_float(__ldcg(a.peak + g)) - a.top_db, y_floor = __fmaf_rn(floor, a.scale, a.bias);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int64_t i = warp; i < a.group * a.tiles; i += kMelThreads / 32) {
-    const int64_t item = g * a.group * a.tiles + i, row = item / a.tiles;
-    const int64_t n = a.lengths ? __ldg(a.lengths + row) : a.samples, valid = n > 0 ? n / a.hop + 1 : 0;
-    const int64_t t = item % a.tiles * frames + lane % frames;
+  for (int i = warp; i < a.group * a.tiles; i += kMelThreads / 32) {
+    const int item = g * a.group * a.tiles + i;
+    const int64_t row = item / a.tiles, n = a.lengths ? __ldg(a.lengths + row) : a.samples,
+                  valid = n > 0 ? n / a.hop + 1 : 0;
+    const int64_t t = int64_t(item % a.tiles) * frames + lane % frames;
     if (__ldcg(a.tile_min + item) >= floor || t >= valid) continue;
     float* out = a.out + (row * a.n_mels + lane / frames) * a.frames + t;
 #pragma unroll 16
@@ -274,10 +282,10 @@ __global__ void __launch_bounds__(kMelThreads, 2) log_mel_kernel(const __grid_co
   make_mel_tables(a, s);
   const int frame = threadIdx.x / G, lane = threadIdx.x % G;
   const bool even_hop = a.hop % 2 == 0;
-  int64_t before = -1;  // the tile whose maximum is still to be published
-  for (int64_t item = blockIdx.x;; item += gridDim.x) {
-    const bool more = item < a.rows * a.tiles;
-    const int64_t row = item / a.tiles, t0 = item % a.tiles * Shape::frames;
+  int before = -1;  // the tile whose maximum is still to be published
+  for (int item = blockIdx.x;; item += gridDim.x) {
+    const bool more = item < a.items;
+    const int64_t row = item / a.tiles, t0 = int64_t(item % a.tiles) * Shape::frames;
     const int64_t n = !more || !a.lengths ? a.samples : __ldg(a.lengths + row);
     const bool possible = n == 0 || (n > Shape::points && n <= a.samples);
     const int64_t valid = possible && n > 0 ? n / a.hop + 1 : 0;
@@ -293,7 +301,7 @@ __global__ void __launch_bounds__(kMelThreads, 2) log_mel_kernel(const __grid_co
     __syncthreads();
     // the tile before is written: one thread says so while the others transform this one
     if (a.peak && before >= 0 && threadIdx.x == 0)
-      s.flags[1] = publish_tile(a, s, before) ? static_cast<int>(before / (a.group * a.tiles)) : -1;
+      s.flags[1] = publish_tile(a, s, before) ? before / (a.group * a.tiles) : -1;
     if (active) frame_power<G>(s, s.samples + frame * a.hop, even_hop, frame, lane);
     __syncthreads();
     if (a.peak && s.flags[1] >= 0) finish_group<G>(a, s.flags[1]);

@@ -14,7 +14,8 @@ struct LogMelArgs {
   float* out;               // [rows, n_mels, frames]
   uint32_t *peak, *ticket;  // [rows / group], zero at the start; null: no floor
   float* tile_min;          // [rows, tiles]
-  int64_t rows, samples, frames, tiles;
+  int64_t samples, frames;
+  int items, tiles;  // tiles of all rows, and of one
   int hop, n_mels, group;
   int weights;  // floats of shared memory for the filterbank's runs
   bool is_int16;
