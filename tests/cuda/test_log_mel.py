@@ -133,7 +133,9 @@ def test_any_filterbank(cuda_ops, n_mels, dense):
         fb[:, 3] = 0
         fb[:, 4] = -1
     args[2] = fb
-    torch.testing.assert_close(run(cuda_ops, args), on_cpu(args), rtol=0, atol=tol.MEL_60_DB)
+    y, z = run(cuda_ops, args), on_cpu(args)
+    assert (y - z)[z > z.max() - 60].abs().max() <= tol.MEL_60_DB
+    assert (y - z)[z > z.max() - 80].abs().max() <= tol.MEL_80_DB
 
 
 def test_tables_changed_in_place_are_noticed(cuda_ops):
@@ -180,9 +182,12 @@ def test_no_clips(cuda_ops):
     assert run(cuda_ops, args).shape == (2, 0, 13)
 
 
-def test_same_bits_every_time(cuda_ops, schedules):
+def test_same_bits_every_time(cuda_ops):
     args = arguments(speech_like(2 * 9000).reshape(2, 9000), n_fft=512)
-    results = [run(cuda_ops, args) for _ in schedules()]
+    results = []
+    for order in ("forward", "reverse", "shuffled", "shuffled"):
+        cuda_ops.schedule(order, len(results))
+        results.append(run(cuda_ops, args))
     assert all(torch.equal(y, results[0]) for y in results)
 
 
