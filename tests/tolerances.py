@@ -20,6 +20,8 @@ MEL_CONSTANT = 1e-6  # a constant through the affine map: one rounding of a valu
 AUGMENT = 2e-6
 # Upstream computes where a column is read in float32: 2^-24 of up to 450 columns, times a slope of a few per column.
 AUGMENT_FLOAT64 = 2e-4
+# Where the epsilon decides values are about -16: 3 ulp of the GPU's fast logarithm, 1 of the other one.
+AUGMENT_QUIET = 4e-6
 
 # patch_embed
 # Sums of 256 float32 products (gradients: of all tokens), relative to the largest value.

@@ -35,35 +35,60 @@ class AugmentDraws(NamedTuple):
 class MemoryBank:
     """The last ``capacity`` clips, unmixed: a ring on the device of the mel, allocated when the first clips come.
 
-    ``count`` clips have been pushed; clip number n lies in slot ``n % capacity``, with its ``lengths`` columns.
+    ``pushed`` clips (int64, no axes) have come so far; clip number n lies in slot ``n % capacity`` of ``mels``
+    ``[capacity, F, T]``, with its ``lengths`` int64 ``[capacity]`` columns, 0 in an empty slot. All three lie on one
+    device and `push` writes in place and never waits for it, so a CUDA graph can hold it, once the bank is as wide as
+    its clips. ``count`` is ``pushed`` as an int, which on a GPU waits for the device.
     """
 
     def __init__(self, capacity: int = 2000):
         if capacity < 1:
             raise ValueError(f"MemoryBank: capacity must be at least 1 clip, got {capacity}")
         self.capacity = capacity
-        self.count = 0
         self.mels: Tensor | None = None
         self.lengths = torch.zeros(capacity, dtype=torch.int64)
+        self.pushed = torch.zeros((), dtype=torch.int64)
+
+    @property
+    def count(self) -> int:
+        return int(self.pushed)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the bank; an empty one goes to that of its first clips."""
+        return self.lengths.device
+
+    def to(self, device: torch.device | str) -> "MemoryBank":
+        """Move the bank; it is itself returned."""
+        self.mels = None if self.mels is None else self.mels.to(device)
+        self.lengths, self.pushed = self.lengths.to(device), self.pushed.to(device)
+        return self
 
     def push(self, mel: Tensor) -> None:
         """Append the clips of ``mel`` ``[B, 1, F, T]``; of more than ``capacity`` the last ones stay."""
         _checks.tensor("MemoryBank", "mel", mel, _AXES, dim=4)
-        bins, frames = mel.shape[2:]
+        clips, _, bins, frames = mel.shape
         self._hold(bins, frames, mel)
         assert self.mels is not None
         kept = mel[-self.capacity :, 0]
-        first = self.count + mel.shape[0] - kept.shape[0]
-        slots = torch.arange(first, first + kept.shape[0]) % self.capacity
-        self.mels[slots.to(mel.device), :, :frames] = kept.to(self.mels.dtype)
-        self.lengths[slots] = frames
-        self.count += mel.shape[0]
+        slots = self.slots(self.pushed + torch.arange(clips - len(kept), clips, device=mel.device))
+        self.mels[:, :, :frames].index_copy_(0, slots, kept.to(self.mels.dtype))
+        self.lengths.index_fill_(0, slots, frames)
+        self.pushed.add_(clips)
+
+    def slots(self, numbers: Tensor) -> Tensor:
+        """Where clips of those numbers lie."""
+        return numbers % self.capacity
 
     def _hold(self, bins: int, frames: int, like: Tensor) -> None:
         """Make room for clips of that size; a bank of narrower clips is copied into a wider one."""
         old = self.mels
-        if old is not None and old.shape[1] != bins:
-            raise ValueError(f"MemoryBank: mel must have the {old.shape[1]} mel bins of the bank, got {bins}")
+        if old is None:
+            self.to(like.device)
+        else:
+            _checks.same_device("MemoryBank", "the bank", old, mel=like)
+            if old.shape[1] != bins:
+                raise ValueError(f"MemoryBank: mel must have the {old.shape[1]} mel bins of the bank, got {bins}")
         if old is None or old.shape[2] < frames:
             self.mels = torch.empty(self.capacity, bins, frames, dtype=torch.float32, device=like.device)
             if old is not None:
@@ -77,18 +102,20 @@ class MemoryBank:
         return {"count": self.count, "mels": mels, "lengths": self.lengths[:used].clone()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue where a bank of the same capacity was."""
+        """Continue where a bank of the same capacity was, on the device of the state's mels."""
         mels, used = state["mels"], state["lengths"].shape[0]
         if used != min(state["count"], self.capacity):
             raise ValueError(f"MemoryBank: the state is of a bank of another capacity than {self.capacity}")
         if used and (mels is None or mels.dim() != 3 or len(mels) != used or state["lengths"].max() > mels.shape[2]):
             expected = f"[{used}, F, T] with T at least the longest of its lengths"
             _checks.fail("MemoryBank", "the state's mels", expected, mels)
-        self.count, self.mels = state["count"], None
+        self.mels = None
         if mels is not None:
             self._hold(mels.shape[1], mels.shape[2], mels)
             assert self.mels is not None
             self.mels[:used] = mels
+        self.pushed.fill_(state["count"])
+        self.lengths.zero_()
         self.lengths[:used] = state["lengths"]
 
 
@@ -108,40 +135,47 @@ def draw_augment(
     with weight ``mixup_ratio * U[0, 1)``; the very first one, or without a bank, with nobody. The crop has
     ``int(U(freq_scale) * F)`` bins and ``int(U(time_scale) * T)`` frames, at least 1 and at most those of the canvas of
     ``canvas_scale`` times the input, at a uniform place; ``freq_scale=None``: no crop.
+
+    The draws come from the device of ``generator`` (the default one of the bank's device, without it) and are on the
+    bank's device, or where they were drawn while it is empty. Seven uniform float64 a clip; the rest is the same on
+    every device. Nothing waits for a GPU that holds generator and bank, and a CUDA graph can hold it.
     Source: audiossl/methods/atstframe/transform.py, audiossl/transforms/byol_a.py.
     """
     clips, _, bins, frames = shape
+    filled = bank is not None and bank.mels is not None
+    drawn_on = generator.device if generator is not None else bank.device if bank is not None else None
+    u = torch.rand(clips, 7, dtype=torch.float64, generator=generator, device=drawn_on)
+    u = u.to(bank.device, non_blocking=True) if bank is not None and filled else u
+    u_alpha, u_partner, u_start, u_freq, u_time, u_bin, u_frame = u.unbind(1)
+    if bank is None:
+        partner = torch.full((clips,), -1, device=u.device)
+        start = torch.zeros_like(partner)
+    else:
+        partner, start = _draw_partners(bank, u_partner, u_start, frames)
     canvas = (int(bins * canvas_scale[0]), int(frames * canvas_scale[1]))
-    u = torch.rand(clips, 7, dtype=torch.float64, generator=generator).tolist()
-    partner, start, alpha, crop = [], [], [], []
-    for b, (u_alpha, u_partner, u_start, u_freq, u_time, u_bin, u_frame) in enumerate(u):
-        who, width = -1, frames
-        if bank is not None and bank.count + b > 0:
-            number = bank.count + b - 1 - int(u_partner * min(bank.count + b, bank.capacity))
-            in_batch = number >= bank.count
-            who = bank.capacity + number - bank.count if in_batch else number % bank.capacity
-            width = frames if in_batch else int(bank.lengths[who])
-        partner.append(who)
-        start.append(int(u_start * (abs(width - frames) + 1)))
-        alpha.append(mixup_ratio * u_alpha)
-        box = (0, 0, *canvas)
-        if freq_scale is not None:
-            h = min(max(int(_between(freq_scale, u_freq) * bins), 1), canvas[0])
-            w = min(max(int(_between(time_scale, u_time) * frames), 1), canvas[1])
-            box = (int(u_bin * (canvas[0] - h + 1)), int(u_frame * (canvas[1] - w + 1)), h, w)
-        crop.append(box)
-    boxes = torch.tensor(crop, dtype=torch.int64).reshape(clips, 4)
-    return AugmentDraws(
-        torch.tensor(partner, dtype=torch.int64),
-        torch.tensor(start, dtype=torch.int64),
-        torch.tensor(alpha, dtype=torch.float32),
-        boxes,
-        canvas,
-    )
+    if freq_scale is None:
+        zero = torch.zeros(clips, dtype=torch.int64, device=u.device)
+        crop = [zero, zero, zero + canvas[0], zero + canvas[1]]
+    else:
+        h = (_between(freq_scale, u_freq) * bins).long().clamp(1, canvas[0])
+        w = (_between(time_scale, u_time) * frames).long().clamp(1, canvas[1])
+        crop = [(u_bin * (canvas[0] + 1 - h)).long(), (u_frame * (canvas[1] + 1 - w)).long(), h, w]
+    return AugmentDraws(partner, start, (mixup_ratio * u_alpha).float(), torch.stack(crop, 1), canvas)
 
 
-def _between(bounds: tuple[float, float], u: float) -> float:
-    return bounds[0] + (bounds[1] - bounds[0]) * u
+def _draw_partners(bank: MemoryBank, u_partner: Tensor, u_start: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+    """Who is mixed with each clip, and where: one of the last clips before it, by its distance."""
+    count, lengths = bank.pushed.to(u_partner.device), bank.lengths.to(u_partner.device)
+    before = count + torch.arange(len(u_partner), device=u_partner.device)
+    number = before - 1 - (u_partner * before.clamp(max=bank.capacity)).long()
+    slot, in_batch = bank.slots(number), number >= count
+    partner = torch.where(in_batch, bank.capacity + number - count, slot)
+    slack = (lengths[slot] - frames).abs().masked_fill(in_batch | (before == 0), 0)
+    return partner.masked_fill(before == 0, -1), (u_start * (slack + 1)).long()
+
+
+def _between(bounds: tuple[float, float], u: Tensor) -> Tensor:
+    return u * (bounds[1] - bounds[0]) + bounds[0]
 
 
 def augment_views(
@@ -160,8 +194,12 @@ def augment_views(
     Largest difference from upstream for values between -1.5 and 1.5: 2e-6. A NaN stays in its clip and those mixed with
     it. Matches audiossl/transforms/byol_a.py (Mixup, RandomResizeCrop) given the draws.
 
+    Draws on a GPU are not looked at, which would wait for it: there, one that is out of range (or a slot of the bank
+    that is still empty) makes the view of its clip NaN.
+
     Raises:
-        TypeError: another dtype. ValueError: a shape or draw out of range, or a mel that requires a gradient.
+        TypeError: another dtype. ValueError: a shape or draw out of range, tensors on different devices, or a mel that
+        requires a gradient.
     """
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     _checks.tensor(_OP, "mel", mel, _AXES, dim=4, dtypes=dtypes)
@@ -182,20 +220,18 @@ def augment_views(
 
 def _view(mel: Tensor, draws: AugmentDraws, bank: MemoryBank | None) -> Tensor:
     _check_draws(mel, draws, bank)
+    slots = 0 if bank is None else bank.capacity
     if bank is None or bank.mels is None:
-        slots = 0 if bank is None else bank.capacity
-        mels = mel.new_empty(0, mel.shape[2], 1)
-        # nobody is in the bank yet: partners of this batch are numbered from 0
-        partner = torch.where(draws.partner < 0, draws.partner, draws.partner - slots)
-        lengths = draws.partner[:0]
+        mels, lengths = mel.new_empty(slots, mel.shape[2], 0), draws.start.new_zeros(slots)
     else:
-        mels, lengths, partner = bank.mels, bank.lengths, draws.partner
+        _checks.same_device(_OP, "mel", mel, bank=bank.mels)
+        mels, lengths = bank.mels, bank.lengths
 
     def near(x: Tensor) -> Tensor:
         return x.contiguous().to(mel.device, non_blocking=True)
 
-    per_clip = map(near, (partner, draws.start, draws.alpha, draws.crop))
-    return torch.ops.atst_fast.augment(mel, mels, near(lengths), *per_clip, list(draws.canvas))
+    per_clip = map(near, (lengths, draws.partner, draws.start, draws.alpha, draws.crop))
+    return torch.ops.atst_fast.augment(mel, mels, *per_clip, list(draws.canvas))
 
 
 def _check_draws(mel: Tensor, draws: AugmentDraws, bank: MemoryBank | None) -> None:
@@ -207,18 +243,27 @@ def _check_draws(mel: Tensor, draws: AugmentDraws, bank: MemoryBank | None) -> N
         _checks.tensor(_OP, f"draws.{name}", value, str(shape), dtypes=(dtype,))
         if list(value.shape) != shape:
             _checks.fail(_OP, f"draws.{name}", f"{shape}, one entry per clip", value)
+        if value.device not in (mel.device, torch.device("cpu")):
+            _checks.fail(_OP, f"draws.{name}", f"on the CPU or on {mel.device}, as mel is", value)
     if not (bins <= draws.canvas[0] <= _MOST_CANVAS and frames <= draws.canvas[1] <= _MOST_CANVAS):
         expected = f"from ({bins}, {frames}), the size of mel, to {_MOST_CANVAS} either way"
         _checks.fail(_OP, "draws.canvas", expected, draws.canvas)
-    used = 0 if bank is None else min(bank.count, bank.capacity)
-    slots = 0 if bank is None else bank.capacity
+    where = [x.device.type for x in (draws.partner, draws.start, draws.crop)]
+    if {*where, "cpu" if bank is None else bank.device.type} == {"cpu"}:
+        _check_values(mel, draws, bank)
+
+
+def _check_values(mel: Tensor, draws: AugmentDraws, bank: MemoryBank | None) -> None:
+    clips, _, _, frames = mel.shape
+    slots, lengths = (0, []) if bank is None else (bank.capacity, bank.lengths.tolist())
+    used = 0 if bank is None else min(bank.count, slots)
     for b, (who, start, (i, j, h, w)) in enumerate(
         zip(draws.partner.tolist(), draws.start.tolist(), draws.crop.tolist())
     ):
         if not (who == -1 or 0 <= who < used or slots <= who < slots + clips):
             expected = f"-1, a filled slot of the bank (0 to {used - 1}) or {slots} + a clip of the batch"
             raise ValueError(f"{_OP}: draws.partner[{b}] must be {expected}, got {who}")
-        slack = abs(int(bank.lengths[who]) - frames) if bank is not None and 0 <= who < used else 0
+        slack = abs(lengths[who] - frames) if 0 <= who < used else 0
         if not 0 <= start <= slack:
             raise ValueError(f"{_OP}: draws.start[{b}] must be from 0 to {slack} frames, got {start}")
         if min(i, j) < 0 or min(h, w) < 1 or i + h > draws.canvas[0] or j + w > draws.canvas[1]:

@@ -24,8 +24,12 @@ class FrontEnd(nn.Module):
 
     By default as published: view 1 is the plain log-mel (``aug_tea=False``), view 2 is mixed with an earlier clip and
     warped in frequency (``aug_stu=True``), both have the same mask. ``mixup`` and ``freq_warp`` leave either out. Each
-    augmented view has a memory bank of ``bank_size`` clips of its own. All draws come from one generator; the state
-    dict holds it and the banks, so a run that is continued sees the same views.
+    augmented view has a memory bank of ``bank_size`` clips of its own.
+
+    It runs on the device of the waveform, which is that of its buffers. All draws come from one ``generator``, those of
+    the views on a GPU from a second one on that GPU, ``device_generator``, with the same seed; the masks are drawn on
+    the CPU in any case, and copied. The state dict holds generators and banks, so a run that is continued sees the same
+    views. Random states of a CPU and a GPU are not interchangeable: one that was saved on the other is refused.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class FrontEnd(nn.Module):
         self.freq_scale = (0.6, 1.5) if freq_warp else None
         self.banks = [MemoryBank(bank_size) if on and mixup else None for on in self.augmented]
         self.generator = torch.Generator().manual_seed(seed)
+        self.device_generator: torch.Generator | None = None
 
     @torch.no_grad()
     def forward(self, waveform: Tensor) -> FrontEndBatch:
@@ -68,21 +73,42 @@ class FrontEnd(nn.Module):
             mask_type=self.mask_type,
             generator=self.generator,
         )
+        generator = self._generator_on(mel.device)
         draws = [
-            draw_augment(mel.shape, bank, self.generator, freq_scale=self.freq_scale) if on else None
+            draw_augment(mel.shape, bank and bank.to(mel.device), generator, freq_scale=self.freq_scale) if on else None
             for on, bank in zip(self.augmented, self.banks)
         ]
         view1, view2 = augment_views(mel, draws, self.banks)
-        lengths = torch.full((clips,), frames, dtype=torch.int64)
-        return FrontEndBatch(view1, view2, lengths.to(mel.device), mask.to(mel.device))
+        lengths = torch.full((clips,), frames, dtype=torch.int64, device=mel.device)
+        return FrontEndBatch(view1, view2, lengths, mask.to(mel.device, non_blocking=True))
+
+    def _generator_on(self, device: torch.device) -> torch.Generator:
+        """The generator of the views' draws, which are made where the mel is."""
+        if device.type == "cpu":
+            return self.generator
+        if self.device_generator is None or self.device_generator.device != device:
+            self.device_generator = torch.Generator(device).manual_seed(self.generator.initial_seed())
+        return self.device_generator
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Generator and memory banks."""
+        """Generators and memory banks."""
         banks = [None if bank is None else bank.state_dict() for bank in self.banks]
-        return {"generator": self.generator.get_state(), "banks": banks}
+        device = next(self.buffers()).device
+        on_device = None if device.type == "cpu" else self._generator_on(device).get_state()
+        return {"generator": self.generator.get_state(), "device_generator": on_device, "banks": banks}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        device = next(self.buffers()).device
+        on_device = state.get("device_generator")
+        if (on_device is None) != (device.type == "cpu"):
+            saved = "cpu" if on_device is None else "a GPU"
+            raise ValueError(
+                f"FrontEnd: the state was saved on {saved} and this front end is on {device}: the random states of "
+                "different devices are not interchangeable; go on where it was saved, or start anew"
+            )
         self.generator.set_state(state["generator"].cpu())
+        if on_device is not None:
+            self._generator_on(device).set_state(on_device.cpu())
         for bank, saved in zip(self.banks, state["banks"], strict=True):
             if (bank is None) != (saved is None):
                 raise ValueError("FrontEnd: the state is of a front end that augments other views")

@@ -26,4 +26,7 @@ class Budget:
 
 SOME, NONE = (1, None), (0, 0)
 
-BUDGET: dict[str, Budget] = {}
+BUDGET: dict[str, Budget] = {
+    # the largest tile; 64 bins are one of 128 threads and 19 KiB
+    "augment/augment_kernel": Budget(256, 40, shared=44 << 10, blocks={80: 3, 90: 5, 100: 5}),
+}
