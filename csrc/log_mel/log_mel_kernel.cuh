@@ -266,11 +266,17 @@ __device__ void finish_group(const LogMelArgs& a, int g) {
                   valid = n > 0 ? n / a.hop + 1 : 0;
     const int64_t t = int64_t(item % a.tiles) * frames + lane % frames;
     if (__ldcg(a.tile_min + item) >= floor || t >= valid) continue;
+    // several loads in flight: a store between them could change, for all the compiler knows, what they load
+    constexpr int batch = 8;
     float* out = a.out + (row * a.n_mels + lane / frames) * a.frames + t;
-#pragma unroll 16
-    for (int m = lane / frames; m < a.n_mels; m += step, out += step * a.frames) {
-      const float y = __ldcg(out);
-      if (!(y >= y_floor)) *out = y_floor;
+    const int64_t stride = step * a.frames;
+    for (int m = lane / frames; m < a.n_mels; m += batch * step, out += batch * stride) {
+      float y[batch];
+#pragma unroll
+      for (int j = 0; j < batch; ++j) y[j] = m + j * step < a.n_mels ? __ldcg(out + j * stride) : y_floor;
+#pragma unroll
+      for (int j = 0; j < batch; ++j)
+        if (!(y[j] >= y_floor) && m + j * step < a.n_mels) out[j * stride] = y_floor;
     }
   }
 }
