@@ -8,8 +8,8 @@
 //      rows k1 = lane and 32 - lane, which transforms of G points turn into Z[k1 + 32 k2]. The two rows are chosen so
 //      that a pair k, P - k, from which the spectrum of the real samples comes, lies in one lane (G = 32: one row, the
 //      partner's comes by shuffle; lane 0 is the exception, and selects). Power goes back to shared memory.
-//   3. a warp takes a filter at a time: lanes are frames, so that the weights are broadcasts, powers come without bank
-//      conflicts (see power_row) and results are stored in runs of a tile's frames.
+//   3. a warp takes 8 neighbouring filters at a time: lane 4 h + f' sums filter h for every fourth frame from f' on, so
+//      that a weight serves several frames, powers come without bank conflicts (see power_row) and no lane is idle.
 // The filterbank arrives dense. Each block finds its nonzero runs once and keeps them in shared memory: no table is
 // cached between calls, so none can be stale, and a block that lives for a whole batch pays 1 % for it.
 //
@@ -19,8 +19,8 @@
 // costs no pass over memory and no second launch, and the consumer gets final values.
 //
 // Bytes: 2 or 4 per sample, 4 n_mels per frame. Operations per frame, n_fft 1024: 1,260 FFMA/FADD/FMUL a lane, 20 k in
-// all, plus 1,026 of mel. Shared memory: 225 wavefronts (128 bytes) per frame: samples 32, window 32, twiddles 31,
-// exchange 64, powers 17, mel 49. At one wavefront per cycle that is the floor of this design.
+// all, plus 1,026 of mel. Shared memory: 237 wavefronts (128 bytes) per frame: samples 32, window 32, twiddles 31,
+// exchange 64, powers 17, mel 61. At one wavefront per cycle that is the floor of this design.
 //
 // float32 throughout: half-precision tensor cores do not hold 80 dB.
 #pragma once
@@ -59,12 +59,16 @@ __device__ __forceinline__ void stage_samples(const T* wave, int64_t n, int64_t 
 }
 
 // Where the powers of a tile's frame start. In step 2 the frames of a warp store side by side, so they lie G banks
-// apart; in step 3 a warp reads the same bin of all frames, `split` bins at a time, so all frames lie `split` banks
-// apart.
+// apart; in step 3 a warp reads 8 filters of four successive frames, which lie 8 banks apart.
 template <int G>
 __device__ __forceinline__ float* power_row(const MelShared<G>& s, int frame) {
-  constexpr int per_warp = 32 / G;
-  return s.region + frame * MelShape<G>::region + MelShape<G>::split * (frame / per_warp) + G * (frame % per_warp);
+  return s.region + frame * MelShape<G>::region + 8 * (frame % 4) + MelShape<G>::power_front;
+}
+
+// The frame that G lanes take: for G = 16 the two of a warp must lie 16 banks apart.
+template <int G>
+__device__ __forceinline__ int frame_of(int slot) {
+  return G == 16 ? slot / 4 * 4 + slot % 2 * 2 + slot / 2 % 2 : slot;
 }
 
 // Powers of bins k and P - k, from Z[k], Z[P - k] and e^(-2 pi i k / n_fft).
@@ -167,55 +171,59 @@ __device__ void frame_power(const MelShared<G>& s, const float* x, bool even_hop
     pair_rows<G>(y, y + G, roots, lane, power);
     if constexpr (G == 8) pair_plain_rows<G>(y + 2 * G, y + 3 * G, roots[2], rows[2], power);
   }
-  if (lane < Shape::power_pad) power[Shape::points + 1 + lane] = 0.0f;
+  if (lane < Shape::power_front) power[lane - Shape::power_front] = 0.0f;
+  if (lane < Shape::power_back) power[Shape::points + 1 + lane] = 0.0f;
 }
 
-// Filter m of the frame whose powers are `power`: this lane's share of the bins.
+// Filter m of every fourth frame from `frame` on.
 template <int G>
-__device__ __forceinline__ float mel_share(const LogMelArgs& a, const MelShared<G>& s, const float* power, int m,
-                                           int phase) {
-  constexpr int split = MelShape<G>::split;
-  const int first = s.first[m], last = s.last[m];
-  float sum0 = 0.0f, sum1 = 0.0f;
+__device__ __forceinline__ void mel_sums(const LogMelArgs& a, const MelShared<G>& s, int m, int frame, float* sum) {
+  using Shape = MelShape<G>;
+  constexpr int distance = 4 * Shape::region, each = Shape::frames / 4;
+  const MelRun run(s, m);
+  const float* power = power_row(s, frame) + run.start;
   if (s.flags[0]) {
-    for (int k = first + phase; k <= last; k += split)
-      sum0 = __fmaf_rn(power[k], __ldg(a.fb + int64_t(k) * a.n_mels + m), sum0);
-    return sum0;
+    for (int k = s.first[m]; k <= s.last[m]; ++k) {
+      const float w = __ldg(a.fb + int64_t(k) * a.n_mels + m);
+#pragma unroll
+      for (int j = 0; j < each; ++j) sum[j] = __fmaf_rn(power[j * distance + k - run.start], w, sum[j]);
+    }
+    return;
   }
-  const int count = last < 0 ? 0 : (last - first + 4 * split) / (4 * split) * 4;
-  const float* weights = s.weights + s.offset[m] + phase * count;
-  const float* p = power + first + phase;
-  for (int i = 0; i < count; i += 4) {
-    const float4 w = *reinterpret_cast<const float4*>(weights + i);
-    sum0 = __fmaf_rn(p[i * split], w.x, sum0);
-    sum1 = __fmaf_rn(p[(i + 1) * split], w.y, sum1);
-    sum0 = __fmaf_rn(p[(i + 2) * split], w.z, sum0);
-    sum1 = __fmaf_rn(p[(i + 3) * split], w.w, sum1);
+  const float* weights = s.weights + s.offset[m / kMelGroup] + m % kMelGroup * 4;
+  for (int i = 0; i < run.count; i += 4) {
+    const float4 w = *reinterpret_cast<const float4*>(weights + kMelGroup * i);
+#pragma unroll
+    for (int j = 0; j < each; ++j) {
+      const float* p = power + j * distance + i;
+      sum[j] = __fmaf_rn(p[0], w.x, sum[j]);
+      sum[j] = __fmaf_rn(p[1], w.y, sum[j]);
+      sum[j] = __fmaf_rn(p[2], w.z, sum[j]);
+      sum[j] = __fmaf_rn(p[3], w.w, sum[j]);
+    }
   }
-  return sum0 + sum1;
 }
 
 // Step 3: decibels of a tile, scaled; the warp's largest and smallest go to shared memory.
 template <int G>
 __device__ void mel_tile(const LogMelArgs& a, const MelShared<G>& s, int64_t row, int64_t t0, int64_t valid) {
   using Shape = MelShape<G>;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, frame = lane % Shape::frames;
-  const float* power = power_row(s, frame);
-  const int64_t t = t0 + frame;
-  float* out = a.out + row * a.n_mels * a.frames + t;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, frame = lane % 4;
   uint32_t top = 0;
   float least = __int_as_float(0x7f800000);
-  for (int m = warp; m < a.n_mels; m += kMelThreads / 32) {
-    float sum = mel_share(a, s, power, m, lane / Shape::frames);
+  for (int m = warp * kMelGroup + lane / 4; m < a.n_mels; m += kMelThreads / 32 * kMelGroup) {
+    float sum[Shape::frames / 4] = {};
+    mel_sums(a, s, m, frame, sum);
+    float* out = a.out + (row * a.n_mels + m) * a.frames;
 #pragma unroll
-    for (int d = Shape::frames; d < 32; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-    const float db = 3.01029995663981195214f * __log2f(sum < 1e-10f ? 1e-10f : sum);
-    if (lane < Shape::frames && t < a.frames) {
-      out[m * a.frames] = t < valid ? __fmaf_rn(db, a.scale, a.bias) : 0.0f;
+    for (int j = 0; j < Shape::frames / 4; ++j) {
+      const int64_t t = t0 + 4 * j + frame;
+      const float db = 3.01029995663981195214f * __log2f(sum[j] < 1e-10f ? 1e-10f : sum[j]);
       if (t < valid) {
         top = max(top, float_key(db));
         least = fminf(least, db);
       }
+      if (t < a.frames) out[t] = t < valid ? __fmaf_rn(db, a.scale, a.bias) : 0.0f;
     }
   }
 #pragma unroll
@@ -256,7 +264,7 @@ __device__ bool publish_tile(const LogMelArgs& a, const MelShared<G>& s, int ite
 // max(y, floor) over a whole floor group; a warp takes a tile at a time, and only those that reach below.
 template <int G>
 __device__ void finish_group(const LogMelArgs& a, int g) {
-  constexpr int frames = MelShape<G>::frames, step = 32 / frames;
+  constexpr int frames = MelShape<G>::frames, step = 32 / frames;  // filters that a warp takes side by side
   __threadfence();
   const float floor = key_float(__ldcg(a.peak + g)) - a.top_db, y_floor = __fmaf_rn(floor, a.scale, a.bias);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -286,7 +294,7 @@ __global__ void __launch_bounds__(kMelThreads, 2) log_mel_kernel(const __grid_co
   using Shape = MelShape<G>;
   const MelShared<G> s(shared_memory<float>(), a);
   make_mel_tables(a, s);
-  const int frame = threadIdx.x / G, lane = threadIdx.x % G;
+  const int frame = frame_of<G>(threadIdx.x / G), lane = threadIdx.x % G;
   const bool even_hop = a.hop % 2 == 0;
   int before = -1;  // the tile whose maximum is still to be published
   for (int item = blockIdx.x;; item += gridDim.x) {

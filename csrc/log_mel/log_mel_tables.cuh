@@ -22,27 +22,28 @@ struct LogMelArgs {
   float top_db, scale, bias;
 };
 
+// A warp computes kMelGroup neighbouring filters of all frames of a tile at a time.
+constexpr int kMelGroup = 8;
+
 template <int G>
 struct MelShape {
   static constexpr int n_fft = 64 * G, points = 32 * G;
   static constexpr int frames = kMelThreads / G;  // of a tile
-  static constexpr int split = 32 / frames;       // lanes that share the bins of a filter and frame
   static constexpr int row = G + 1;               // complex values from one row of the exchange to the next
   // floats of a frame's region: the exchange (for G = 8 shifted by half the banks in odd frames), later the powers
   static constexpr int region = (32 * row * 2 + (G == 8 ? 16 : 0) + 31) / 32 * 32;
-  static constexpr int power_pad = 4 * split;  // zeros that a filter's padded weights meet past the last bin
+  // zeros before the first power and after the last one, which weights of 0 meet
+  static constexpr int power_front = 8, power_back = 4;
 };
 
-inline int log_mel_weights(int n_fft, int n_mels) {
-  // two triangles to a bin, and each filter's bins are dealt to `split` lanes in multiples of four
-  return 2 * (n_fft / 2 + 1) / 4 * 4 + 4 * (n_fft / 512 + 1) * n_mels;
-}
+// Floats for the filterbank's runs: enough for triangles of 8 filters or more (tests/cuda/test_log_mel.py).
+inline int log_mel_weights(int n_fft, int n_mels) { return (3 * (n_fft / 2 + 1) + 8 * n_mels) / 4 * 4; }
 
 // The block's shared memory; all sizes in floats.
 template <int G>
 struct MelShared {
   float *region, *window, *twiddle, *roots, *weights, *samples;
-  int *first, *last, *offset;  // [n_mels]: bins of a filter, and where its weights start
+  int *first, *last, *offset;  // [n_mels]: bins of a filter; where the weights of filter 8 g start in [g]
   uint32_t* warp_top;          // [8]
   float* warp_min;             // [8]
   int* flags;                  // [0]: the filterbank does not fit, [1]: the floor group to finish, or -1
@@ -66,6 +67,18 @@ struct MelShared {
     using Shape = MelShape<G>;
     const int tables = 2 * Shape::n_fft + 6 * G + weights + 20 + (3 * n_mels + 3) / 4 * 4;
     return sizeof(float) * (Shape::frames * Shape::region + tables + (Shape::frames - 1) * hop + Shape::n_fft);
+  }
+};
+
+// The bins that filter m is summed over: from a start that has the filter's own remainder by 8, so that the powers of 8
+// neighbouring filters lie in different banks, and a multiple of four of them.
+struct MelRun {
+  int start, count;
+  template <int G>
+  __device__ __forceinline__ MelRun(const MelShared<G>& s, int m) {
+    const int first = s.first[m], last = s.last[m];
+    start = first - ((first - m) & (kMelGroup - 1));
+    count = last < 0 ? 0 : (last - start + 4) / 4 * 4;
   }
 };
 
@@ -113,20 +126,27 @@ __device__ void make_mel_tables(const LogMelArgs& a, const MelShared<G>& s) {
     s.roots[2 * i] = w.re, s.roots[2 * i + 1] = w.im;
   }
   __syncthreads();
-  auto padded = [&](int m) { return (s.last[m] - s.first[m] + 4 * Shape::split) / (4 * Shape::split) * 4; };
-  for (int m = tid; m < a.n_mels; m += kMelThreads) {
+  const int groups = (a.n_mels + kMelGroup - 1) / kMelGroup;
+  auto longest = [&](int g) {
+    int most = 0;
+    for (int m = g * kMelGroup; m < a.n_mels && m < (g + 1) * kMelGroup; ++m) most = max(most, MelRun(s, m).count);
+    return most;
+  };
+  for (int g = tid; g < groups; g += kMelThreads) {
     int offset = 0;
-    for (int j = 0; j < m; ++j) offset += s.last[j] < 0 ? 0 : padded(j) * Shape::split;
-    s.offset[m] = offset;
-    if (m == a.n_mels - 1 && offset + (s.last[m] < 0 ? 0 : padded(m) * Shape::split) > a.weights) s.flags[0] = 1;
+    for (int j = 0; j < g; ++j) offset += kMelGroup * longest(j);
+    s.offset[g] = offset;
+    if (g == groups - 1 && offset + kMelGroup * longest(g) > a.weights) s.flags[0] = 1;
   }
   __syncthreads();
   if (s.flags[0]) return;
-  for (int m = tid / 32; m < a.n_mels; m += kMelThreads / 32) {
-    const int count = s.last[m] < 0 ? 0 : padded(m);
-    for (int i = tid % 32; i < count * Shape::split; i += 32) {
-      const int k = s.first[m] + i % count * Shape::split + i / count;
-      s.weights[s.offset[m] + i] = k <= s.last[m] ? __ldg(a.fb + int64_t(k) * a.n_mels + m) : 0.0f;
+  for (int g = tid / 32; g < groups; g += kMelThreads / 32) {
+    // four bins of the first filter, four of the second, ...: 16 bytes to a lane, in one row of the banks
+    const int m = g * kMelGroup + tid % 32 / 4, count = longest(g);
+    for (int i = 0; m < a.n_mels && i < count; i += 4) {
+      const int k = MelRun(s, m).start + i + tid % 4;
+      const bool used = k >= s.first[m] && k <= s.last[m];
+      s.weights[s.offset[g] + kMelGroup * i + tid % 32] = used ? __ldg(a.fb + int64_t(k) * a.n_mels + m) : 0.0f;
     }
   }
 }
