@@ -60,6 +60,11 @@ def register(op: str, **others: Callable) -> None:
             torch.cuda._lazy_call(partial(refer_unfit_gpus, op, reference))
 
 
+def has_fallback(op: str, device: str) -> bool:
+    """Whether ``reference`` runs the operator on that device, or on some GPU of this machine."""
+    return (op, device) in _fallbacks
+
+
 def _why_no_kernel() -> tuple[str, str]:
     built = _C.build_info()["cuda"]
     if built.startswith("none: "):

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from atst_fast.ops import _checks
-from atst_fast.ops._registry import register
+from atst_fast.ops._registry import has_fallback, register
 from atst_fast.reference import ema as reference
 
 _STUDENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GRAD_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @torch.no_grad()
@@ -17,15 +18,17 @@ def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: 
     """Move every teacher tensor towards its student: ``t <- momentum * t + (1 - momentum) * s``, all in one call.
 
     Args:
-        teacher: float32 tensors of any shapes, contiguous, changed in place. (Not bfloat16 or float16: with a momentum
-            near 1 the change is below their resolution, and the teacher would stand still.)
+        teacher: float32 tensors of any shapes, contiguous, on one device, changed in place. (Not bfloat16 or float16:
+            with a momentum near 1 the change is below their resolution, and the teacher would stand still.)
         student: as many tensors with the same shapes, contiguous, on the same device; float32, bfloat16 or float16.
-        momentum: a number between 0 and 1, or a float32 or float64 tensor without axes.
+        momentum: a number between 0 and 1, or a float32 or float64 tensor without axes, on the CPU or on the device of
+            the teacher. On a GPU it is read by the kernel, so that a CUDA graph follows its value, and nobody waits for
+            it; outside of [0, 1] it cannot be refused there and makes all of the teacher NaN.
 
     Nothing is differentiable. Computed in float32 with an error of at most ``1.5 * 2^-23 * (|t| + |s|)``. The bits
-    depend neither on the number of threads nor on how the values are shared out among tensors. A NaN stays in its
-    element. Empty lists and empty tensors are fine. No memory may occur twice in ``teacher``, or in both lists: tensors
-    are updated at the same time.
+    depend neither on the number of threads nor on how the values are shared out among tensors, and are the same on a
+    GPU and on a CPU that has fused multiply-add. A NaN stays in its element. Empty lists and empty tensors are fine. No
+    memory may occur twice in ``teacher``, or in both lists: tensors are updated at the same time.
     Matches audiossl/methods/atstframe/model.py (update_teacher): the official loop over parameters.
 
     Raises:
@@ -41,9 +44,12 @@ def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: 
             raise ValueError(f"{op}: student must have as many tensors as teacher ({len(teacher)}), got {len(student)}")
         for i, (t, s) in enumerate(zip(teacher, student)):
             check_entry(op, f"teacher[{i}]", t)
+            _same_device(op, f"teacher[{i}]", t, "teacher[0]", teacher[0])
             check_entry(op, f"student[{i}]", s, like=t, dtypes=_STUDENT_DTYPES)
+        if teacher and value.device.type != "cpu":
+            _same_device(op, "momentum", value, "teacher[0]", teacher[0])
 
-    _call(torch.ops.atst_fast.ema_update_.default, explain, [*teacher, *student], teacher, student, value)
+    _call(op, explain, [*teacher, *student], teacher, student, value)
     _mark_changed(teacher)
 
 
@@ -51,9 +57,10 @@ def ema_update_(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: 
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of all elements of all tensors together: float64, a tensor without axes.
 
-    ``grads``: contiguous float32 tensors of any shapes on one device; an empty list gives 0. Summed in float64, so its
-    relative error is below 1e-12; the bits do not depend on the number of threads. Not differentiable.
-    Raises ValueError or TypeError for other layouts and dtypes.
+    ``grads``: contiguous float32 or bfloat16 tensors of any shapes on one device, on which the result is, and nobody
+    waits for it; an empty list gives 0 on the CPU. Summed in float64, so its relative error is below 1e-12; the bits do
+    not depend on the number of threads (those of a GPU and a CPU differ within that error). Not differentiable.
+    Raises ValueError or TypeError for other layouts, dtypes and different devices.
     """
     grads = _list("grad_norm", "grads", grads)
     if not grads:
@@ -61,9 +68,10 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
 
     def explain() -> None:
         for i, g in enumerate(grads):
-            check_entry("grad_norm", f"grads[{i}]", g)
+            check_entry("grad_norm", f"grads[{i}]", g, dtypes=_GRAD_DTYPES)
+            _same_device("grad_norm", f"grads[{i}]", g, "grads[0]", grads[0])
 
-    return _call(torch.ops.atst_fast.grad_norm.default, explain, grads, grads)
+    return _call("grad_norm", explain, grads, grads)
 
 
 @torch.no_grad()
@@ -86,9 +94,14 @@ def adamw_ema_(
 
     Entry i of each list belongs to ``params[i]`` and has its shape (``steps[i]``: no axes). A tensor without elements
     stands for "there is none": no ``steps[i]``, no AdamW step; no ``teachers[i]``, no teacher update; the shadows are
-    bfloat16 copies to be written. The lists of teachers and shadows may be empty. The gradient is multiplied by
-    ``grad_scale`` first. ``hyper`` is float64 ``[groups, 5]`` (lr, weight_decay, beta1, beta2, eps), row g for the
-    next ``group_sizes[g]`` parameters.
+    bfloat16 copies to be written, and gradients are float32 or bfloat16. The lists of teachers and shadows may be
+    empty. The gradient is multiplied by ``grad_scale`` first. ``hyper`` is float64 ``[groups, 5]`` (lr, weight_decay,
+    beta1, beta2, eps), row g for the next ``group_sizes[g]`` parameters.
+
+    On a GPU ``hyper`` and ``steps`` must be there, ``momentum`` and ``grad_scale`` may be (or on the CPU: then a CUDA
+    graph keeps their value). What is there is read by the kernel and cannot be refused: a momentum outside of [0, 1]
+    makes the teachers NaN; a row of ``hyper`` out of range makes its parameters and moments NaN, and so does a step
+    that is not a whole number its parameter. No tensor may occur twice.
     """
     tensors = (params, grads, exp_avgs, exp_avg_sqs, steps, teachers, student_shadows, teacher_shadows)
     torch.ops.atst_fast.adamw_ema_.default(*tensors, hyper, group_sizes, momentum, grad_scale, hf)
@@ -131,16 +144,23 @@ def _list(op: str, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(tensors)
 
 
-def _call(operator: Callable, explain: Callable[[], None], tensors: list, *args):
-    """Run an operator. The CPU kernels check everything themselves; only what they refuse is explained in Python."""
+def _same_device(op: str, name: str, t: Tensor, first_name: str, first: Tensor) -> None:
+    if t.device != first.device:
+        _checks.fail(op, name, f"on {first.device}, as {first_name} is", t)
+
+
+def _call(op: str, explain: Callable[[], None], tensors: list, *args):
+    """Run an operator. The kernels check everything themselves; only what they refuse is explained in Python."""
     try:
-        on_cpu = all([t.is_cpu for t in tensors])  # a list: half the time of a generator
+        checked = all([t.is_cpu for t in tensors]) or (  # a list: half the time of a generator
+            not has_fallback(op, "CUDA") and all([t.is_cuda for t in tensors])
+        )
     except AttributeError:
-        on_cpu = False
-    if not on_cpu or torch.compiler.is_compiling():
+        checked = False
+    if not checked or torch.compiler.is_compiling():
         explain()
     try:
-        return operator(*args)
+        return getattr(torch.ops.atst_fast, op).default(*args)
     except (RuntimeError, TypeError):
         explain()
         raise

@@ -43,7 +43,9 @@ def adamw_ema_(
     rows = [row for row, size in zip(hyper.tolist(), group_sizes) for _ in range(size)]
     for i, (p, row) in enumerate(zip(params, rows)):
         if steps[i].numel():
-            g = grads[i] if grad_scale is None else grads[i] * grad_scale
+            g = grads[i].to(p.dtype)
+            if grad_scale is not None:
+                g = g * grad_scale
             (adamw_hf_ if hf else adamw_torch_)(p, g, exp_avgs[i], exp_avg_sqs[i], steps[i], *row)
         if teachers and teachers[i].numel():
             ema_update_([teachers[i]], [p], momentum)

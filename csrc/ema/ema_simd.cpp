@@ -27,6 +27,9 @@ typedef uint16_t vh_unaligned __attribute__((vector_size(2 * kLanes), aligned(2)
 constexpr int64_t kLine = 16;        // floats per cache line
 constexpr int64_t kAhead = 16 * 16;  // floats between a prefetch and its use
 
+template <Type T>
+constexpr int64_t kSize = T == Type::f32 ? 4 : 2;
+
 ATST_INLINE vi load_half_bits(const uint16_t* p) {
   return __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vi);
 }
@@ -98,7 +101,7 @@ void ema_loop(const ema::EmaItem& item, const Lerp& lerp) {
   if (tail == 0) return;
   float t[kLanes] = {};
   uint32_t s[kLanes] = {};
-  constexpr int64_t size = T == Type::f32 ? 4 : 2;
+  constexpr int64_t size = kSize<T>;
   copy_tail(t, item.teacher + whole, tail);
   copy_tail(reinterpret_cast<char*>(s), static_cast<const char*>(item.student) + whole * size, tail * size);
   store(t, lerp(load(t), load_as<T>(s, 0)));
@@ -110,12 +113,18 @@ struct Constants {
   Lerp lerp;
 };
 
-// kLanes values at offset i: kGrad says whether the AdamW step happens.
-template <bool kGrad, bool kStream>
+// Whether the AdamW step happens, and on which gradients.
+enum class Grad { none, f32, bf16 };
+
+template <Grad kGrad>
+constexpr Type kTypeOf = kGrad == Grad::bf16 ? Type::bf16 : Type::f32;
+
+// kLanes values at offset i.
+template <Grad kGrad, bool kStream>
 ATST_INLINE void adamw_at(const ema::AdamWItem& a, int64_t i, const Constants& c) {
   vf p = load(a.param + i);
-  if constexpr (kGrad) {
-    const vf g = load(a.grad + i) * c.grad_scale;
+  if constexpr (kGrad != Grad::none) {
+    const vf g = load_as<kTypeOf<kGrad>>(a.grad, i) * c.grad_scale;
     const vf m = fma(load(a.exp_avg + i), c.beta1, g * c.rest1);
     const vf v = fma(load(a.exp_avg_sq + i), c.beta2, g * c.rest2 * g);
     store(a.exp_avg + i, m);
@@ -133,17 +142,17 @@ ATST_INLINE void adamw_at(const ema::AdamWItem& a, int64_t i, const Constants& c
   }
 }
 
-template <bool kGrad>
+template <Grad kGrad>
 ATST_INLINE void prefetch(const ema::AdamWItem& a, int64_t i) {
   __builtin_prefetch(a.param + i);
   if (a.teacher) __builtin_prefetch(a.teacher + i);
-  if constexpr (!kGrad) return;
-  __builtin_prefetch(a.grad + i);
+  if constexpr (kGrad == Grad::none) return;
+  __builtin_prefetch(static_cast<const char*>(a.grad) + i * kSize<kTypeOf<kGrad>>);
   __builtin_prefetch(a.exp_avg + i);
   __builtin_prefetch(a.exp_avg_sq + i);
 }
 
-template <bool kGrad, bool kStream>
+template <Grad kGrad, bool kStream>
 void adamw_loop(const ema::AdamWItem& a, const Constants& c) {
   int64_t i = 0;
   for (; i + kLine <= a.n; i += kLine) {
@@ -156,7 +165,8 @@ void adamw_loop(const ema::AdamWItem& a, const Constants& c) {
   for (; i + kLanes <= a.n; i += kLanes) adamw_at<kGrad, false>(a, i, c);
   const int64_t tail = a.n - i;
   if (tail == 0) return;
-  float p[kLanes] = {}, g[kLanes] = {}, m[kLanes] = {}, v[kLanes] = {}, t[kLanes] = {};
+  float p[kLanes] = {}, m[kLanes] = {}, v[kLanes] = {}, t[kLanes] = {};
+  uint32_t g[kLanes] = {};
   uint16_t student[kLanes], teacher[kLanes];
   ema::AdamWItem b = a;
   b.param = p, b.grad = g, b.exp_avg = m, b.exp_avg_sq = v;
@@ -164,13 +174,14 @@ void adamw_loop(const ema::AdamWItem& a, const Constants& c) {
   if (a.student_shadow) b.student_shadow = student;
   if (a.teacher_shadow) b.teacher_shadow = teacher;
   copy_tail(p, a.param + i, tail);
-  if constexpr (kGrad) {
-    copy_tail(g, a.grad + i, tail);
+  if constexpr (kGrad != Grad::none) {
+    constexpr int64_t size = kSize<kTypeOf<kGrad>>;
+    copy_tail(reinterpret_cast<char*>(g), static_cast<const char*>(a.grad) + i * size, tail * size);
     copy_tail(m, a.exp_avg + i, tail);
     copy_tail(v, a.exp_avg_sq + i, tail);
   }
   adamw_at<kGrad, false>(b, 0, c);
-  if constexpr (kGrad) {
+  if constexpr (kGrad != Grad::none) {
     copy_tail(a.param + i, p, tail);
     copy_tail(a.exp_avg + i, m, tail);
     copy_tail(a.exp_avg_sq + i, v, tail);
@@ -178,6 +189,31 @@ void adamw_loop(const ema::AdamWItem& a, const Constants& c) {
   if (a.teacher) copy_tail(a.teacher + i, t, tail);
   if (a.student_shadow) copy_tail(a.student_shadow + i, student, tail);
   if (a.teacher_shadow) copy_tail(a.teacher_shadow + i, teacher, tail);
+}
+
+template <Type T>
+double squares(const void* x, int64_t n) {
+  typedef double vd __attribute__((vector_size(8 * kLanes)));
+  vd sums = {};
+  const auto add = [&sums](vf values) {
+    const vd d = __builtin_convertvector(values, vd);
+    sums += d * d;
+  };
+  constexpr int64_t size = kSize<T>;
+  const auto* bytes = static_cast<const char*>(x);
+  const int64_t whole = n - n % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    __builtin_prefetch(bytes + (i + 4 * kAhead) * size);
+    add(load_as<T>(x, i));
+  }
+  if (n > whole) {
+    uint32_t tail[kLanes] = {};
+    copy_tail(reinterpret_cast<char*>(tail), bytes + whole * size, (n - whole) * size);
+    add(load_as<T>(tail, 0));
+  }
+  double sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += sums[i];
+  return sum;
 }
 
 }  // namespace
@@ -201,27 +237,17 @@ void adamw_ema(const ema::AdamWItem& item, float grad_scale, float rest, bool st
                     splat(-s.decay_last), splat(grad_scale),        Lerp(rest)};
   const auto addresses =
       reinterpret_cast<uintptr_t>(item.student_shadow) | reinterpret_cast<uintptr_t>(item.teacher_shadow);
+  const bool aligned = addresses % sizeof(vh) == 0;
   if (!item.grad)
-    adamw_loop<false, false>(item, c);
-  else if (stream && addresses % sizeof(vh) == 0)
-    adamw_loop<true, true>(item, c);
+    adamw_loop<Grad::none, false>(item, c);
+  else if (item.grad_type == Type::f32)
+    (stream && aligned ? adamw_loop<Grad::f32, true> : adamw_loop<Grad::f32, false>)(item, c);
   else
-    adamw_loop<true, false>(item, c);
+    (stream && aligned ? adamw_loop<Grad::bf16, true> : adamw_loop<Grad::bf16, false>)(item, c);
 }
 
-double sum_of_squares(const float* x, int64_t n) {
-  typedef double vd __attribute__((vector_size(8 * kLanes)));
-  vd sums = {};
-  const int64_t whole = n - n % kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    __builtin_prefetch(x + i + 4 * kAhead);
-    const vd d = __builtin_convertvector(load(x + i), vd);
-    sums += d * d;
-  }
-  double sum = 0;
-  for (int64_t i = whole; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
-  for (int i = 0; i < kLanes; ++i) sum += sums[i];
-  return sum;
+double sum_of_squares(const void* x, int64_t n, Type type) {
+  return type == Type::f32 ? squares<Type::f32>(x, n) : squares<Type::bf16>(x, n);
 }
 
 }  // namespace atst::ATST_ISA

@@ -29,4 +29,11 @@ SOME, NONE = (1, None), (0, 0)
 BUDGET: dict[str, Budget] = {
     # the largest tile; 64 bins are one of 128 threads and 19 KiB
     "augment/augment_kernel": Budget(256, 40, shared=44 << 10, blocks={80: 3, 90: 5, 100: 5}),
+    "ema/ema::ema_kernel": Budget(
+        threads=256, registers=64, blocks=4, opcodes={"LDG.128": (24, None), "STG.128": (12, None), "CALL": NONE}
+    ),
+    "ema/ema::adamw_kernel": Budget(
+        threads=256, registers=64, shared=64, blocks=4, opcodes={"LDG.128": (18, None), "STG.128": (12, None)}
+    ),
+    "ema/ema::norm_kernel": Budget(threads=256, registers=64, shared=2056, blocks=4, opcodes={"LDG.128": (4, None)}),
 }

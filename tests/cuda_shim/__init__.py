@@ -18,7 +18,6 @@ import setup
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "cuda_shim"
-NO_CUDA = setup.Cuda(None, [], "none: the shim")
 RUNTIME = ("runtime", sorted(HERE.glob("*.cpp")))
 NO_CUDA = setup.Cuda(None, [], "none: the shim is C++")
 

@@ -14,7 +14,7 @@ from tests import tolerances
 from tests.ops.test_ema import LONG, MOMENTA, OFFSET, PER_ISA, SHAPE, clones, cut, randn, same_bits
 
 
-def step_arguments(shapes, present, offset=0):
+def step_arguments(shapes, present, offset=0, grad_dtype=torch.float32):
     """Arguments of adamw_ema_; ``present`` per parameter: gradient, teacher, student shadow, teacher shadow."""
     none = torch.empty(0)
 
@@ -23,7 +23,7 @@ def step_arguments(shapes, present, offset=0):
 
     return (
         [randn(s, offset) for s in shapes],
-        when([0], lambda s: randn(s, offset + 1)),
+        when([0], lambda s: randn(s, offset + 1, grad_dtype)),
         when([0], lambda s: randn(s, offset)),
         when([0], lambda s: randn(s, offset).square()),
         [torch.tensor(float(i)) if p[0] else none for i, p in enumerate(present)],
@@ -33,6 +33,7 @@ def step_arguments(shapes, present, offset=0):
     )
 
 
+GRAD_DTYPE = st.sampled_from([torch.float32, torch.bfloat16])
 HYPER = torch.tensor([[1e-2, 0.1, 0.9, 0.999, 1e-6], [1e-3, 0.0, 0.0, 0.95, 1e-3]], dtype=torch.float64)
 
 
@@ -43,11 +44,12 @@ HYPER = torch.tensor([[1e-2, 0.1, 0.9, 0.999, 1e-6], [1e-3, 0.0, 0.0, 0.95, 1e-3
     st.sampled_from([None, 0.25, -2.0]),
     st.booleans(),
     st.integers(0, 5),
+    GRAD_DTYPE,
 )
 @PER_ISA
-def test_step_against_float64(isa, entries, offset, momentum, scale, hf, first):
+def test_step_against_float64(isa, entries, offset, momentum, scale, hf, first, grad_dtype):
     shapes, present = [e[0] for e in entries], [e[1] for e in entries]
-    lists = step_arguments(shapes, present, offset)
+    lists = step_arguments(shapes, present, offset, grad_dtype)
     wide = [[t.double() if k < 6 else t.clone() for t in tensors] for k, tensors in enumerate(lists)]
     first = min(first, len(shapes))
     rest = (HYPER, [first, len(shapes) - first], torch.tensor(momentum, dtype=torch.float64))
@@ -105,15 +107,23 @@ def test_step_bits_depend_neither_on_threads_nor_on_the_split(isa, threads):
         assert all(torch.equal(r[k][0], parts[k][0]) for r in results)
 
 
+def test_a_step_that_is_none_is_seen(isa):
+    arguments = two_parameters()
+    arguments[4] = [torch.tensor(-3.0), torch.tensor(0.5)]
+    adamw_ema_(*arguments)
+    assert all(p.isnan().all() for p in arguments[0])
+
+
 @pytest.mark.parametrize("offset", [0, 1])
-def test_shadows_written_past_the_caches(isa, offset):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shadows_written_past_the_caches(isa, offset, dtype):
     """Many parameters: the shadows are streamed where they are aligned."""
     n = 2**22 + 100_003
     p, g, t = randn((n,)), randn((n,)), randn((n,))
     shadows = [torch.zeros(n + offset, dtype=torch.bfloat16)[offset:] for _ in range(2)]
     g[5] = math.nan
     adamw_ema_(
-        [p], [g], [torch.zeros(n)], [torch.zeros(n)], [torch.zeros(())], [t], *([s] for s in shadows),
+        [p], [g.to(dtype)], [torch.zeros(n)], [torch.zeros(n)], [torch.zeros(())], [t], *([s] for s in shadows),
         HYPER[:1].contiguous(), [1], torch.tensor(0.9), None, True,
     )  # fmt: skip
     for shadow, source in zip(shadows, (p, t)):
@@ -134,18 +144,20 @@ def two_parameters():
         (1, [torch.zeros(3)], "grads must have as many tensors as params (2), got 1"),
         (1, [torch.zeros(3), torch.zeros(8)], "grads[1] must have the shape of params[1]"),
         (1, [torch.zeros(3), torch.empty(0)], "grads[1], exp_avgs[1] and exp_avg_sqs[1] must have the shape"),
+        (1, [torch.zeros(3), torch.zeros(2, 4).half()], "grads[1] must be float32 or bfloat16"),
         (2, [torch.zeros(3).half(), torch.zeros(2, 4)], "exp_avgs[0] has the wrong dtype"),
         (3, [torch.zeros(3), torch.zeros(4, 2).T], "exp_avg_sqs[1] must be contiguous"),
-        (4, [torch.zeros((), dtype=torch.int64), torch.zeros(())], "steps must be float32 or float64"),
-        (4, [torch.zeros(2), torch.zeros(())], "steps must be a tensor of one value on the CPU"),
+        (4, [torch.zeros((), dtype=torch.int64), torch.zeros(())], "steps[0] must be float32"),
+        (4, [torch.zeros(2), torch.zeros(())], "steps[0] must be a tensor of one value"),
         (5, [torch.zeros(3), torch.zeros(8)], "teachers[1] must have the shape of params[1]"),
         (5, [torch.zeros(3)], "teachers must have as many tensors as params (2), got 1"),
         (5, [], "teacher_shadows[0] must come with a teacher"),
         (6, [torch.zeros(3), torch.zeros(2, 4)], "student_shadows[0] has the wrong dtype"),
-        (8, HYPER.float(), "hyper must be float64 [groups, 5] on the CPU"),
-        (8, HYPER[:1].contiguous(), "hyper must be float64 [groups, 5] on the CPU"),
+        (8, HYPER.float(), "hyper must be float64 [groups, 5]"),
+        (8, HYPER[:1].contiguous(), "hyper must be float64 [groups, 5]"),
         (8, HYPER * math.nan, "lr of group 0 must be 0 or more and finite, got nan"),
         (8, HYPER * torch.tensor([1, 1, 1, 2, 1]), "beta2 of group 0 must be 0 or more and less than 1, got 1.998"),
+        (9, [3, -1], "group_sizes must be 0 or more, got -1"),
         (9, [1, 2], "group_sizes must add up to the number of params"),
         (10, torch.tensor(math.nan), "momentum must be between 0 and 1, got nan"),
         (10, torch.zeros(2), "momentum must be a tensor of one value on the CPU"),

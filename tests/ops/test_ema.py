@@ -218,10 +218,10 @@ def test_update_errors(change, error, message):
     assert all((t == 0).all() for t in teacher)
 
 
-@given(SHAPES, OFFSET)
+@given(st.lists(st.tuples(SHAPE, st.sampled_from([torch.float32, torch.bfloat16])), max_size=6), OFFSET)
 @PER_ISA
-def test_grad_norm_against_float64(isa, shapes, offset):
-    grads = [randn(s, offset) for s in shapes]
+def test_grad_norm_against_float64(isa, entries, offset):
+    grads = [randn(s, offset, dtype) for s, dtype in entries]
     expected = math.sqrt(sum(g.double().square().sum().item() for g in grads))
     assert grad_norm(grads).item() == pytest.approx(expected, rel=tolerances.GRAD_NORM_RTOL)
 
@@ -243,7 +243,7 @@ def test_grad_norm_errors():
         TypeError, match=re.escape("grad_norm: grads must be a list of tensors, got float32 [3] on cpu")
     ):
         grad_norm(torch.ones(3))
-    with pytest.raises(TypeError, match=re.escape("grad_norm: grads[1] must be float32, got float64")):
+    with pytest.raises(TypeError, match=re.escape("grad_norm: grads[1] must be float32 or bfloat16, got float64")):
         grad_norm([torch.ones(3), torch.ones(3).double()])
     with pytest.raises(
         ValueError, match=re.escape("grad_norm: grads[0] must be contiguous, got float32 [3, 2] on cpu")
