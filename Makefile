@@ -15,7 +15,11 @@ READY := $(VENV)/.ready-$(subst /,_,$(TORCH))-$(notdir $(PYTHON))
 PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
+# python with torch, for the gpu targets: they install nothing and need no network
+GPU_PYTHON ?= python3
+
 .PHONY: help env build test test-all pretrain bench lint format sanitize clean
+.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench-ops gpu-bench-step
 
 help:
 	@echo "make pretrain   set up .venv, build, render demo audio, pretrain ATST-Frame, probe it, draw pictures"
@@ -23,6 +27,8 @@ help:
 	@echo "make test-all   the same with the long tests, and the C++ kernels under AddressSanitizer and UBSan"
 	@echo "make bench      benchmarks beside what one would call otherwise; one JSON under benchmarks/results/"
 	@echo "make lint       ruff, clang-format, mypy;   make format: rewrite"
+	@echo "make gpu        build for the GPU of this machine, with the torch of GPU_PYTHON; then the tests, the benchmarks"
+	@echo "                and compute-sanitizer: gpu-test, gpu-bench-ops, gpu-bench-step, gpu-sanitize, minutes each"
 	@echo "make clean      remove the build (keeps .venv, $(DATA) and runs)"
 
 # torch goes in first and alone: the build needs its headers, and the extras must not choose another one.
@@ -89,5 +95,39 @@ bench: build
 	$(PY) -m pytest benchmarks --benchmark-enable
 	$(PY) -m benchmarks.plot
 
+# In the source tree itself: nothing is installed, so the folder that pyproject.toml maps to atst_fast.kernels is linked
+# to where Python looks for it.
+GPU := PYTHONPATH=. $(GPU_PYTHON)
+gpu: gpu-test gpu-bench-ops gpu-bench-step gpu-sanitize
+.NOTPARALLEL: gpu
+
+gpu-build:
+	@archs=$$($(GPU) -m benchmarks.card) || exit 1; echo "== build for the GPUs here: $$archs"; \
+		ln -sfn ../kernels atst_fast/kernels && \
+		TORCH_CUDA_ARCH_LIST="$$archs" $(GPU_PYTHON) setup.py -q build_ext --inplace
+	@$(GPU) -c "import atst_fast; cuda = atst_fast.build_info()['cuda']; print('CUDA kernels:', cuda); \
+		raise SystemExit(cuda.startswith('none'))"
+
+gpu-test: gpu-build
+	@echo "== tests, those on the GPU among them"
+	$(GPU) -m pytest tests -m "not long" -rs --durations=10
+
+# Each allocation is CUDA's own, so that an access beyond it is seen; fewer examples, for each runs a hundred times slower.
+gpu-sanitize: gpu-build
+	@echo "== kernels under compute-sanitizer"
+	@command -v compute-sanitizer > /dev/null || { echo "gpu-sanitize needs compute-sanitizer (CUDA toolkit) in PATH"; exit 1; }
+	for tool in memcheck racecheck synccheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=. compute-sanitizer --tool $$tool --error-exitcode 1 --target-processes all \
+			$(GPU_PYTHON) -m pytest tests/cuda -k gpu --max-examples 5 -x || exit 1; done
+
+gpu-bench-ops: gpu-build
+	@echo "== operators on the GPU"
+	$(GPU) -m pytest benchmarks/gpu --benchmark-enable --ignore benchmarks/gpu/bench_step.py
+	$(GPU) -m benchmarks.plot
+
+gpu-bench-step: gpu-build
+	@echo "== training steps on the GPU"
+	$(GPU) -m pytest benchmarks/gpu/bench_step.py --benchmark-enable
+
 clean:
-	rm -rf build atst_fast/_C.*.so *.egg-info
+	rm -rf build atst_fast/_C.*.so atst_fast/kernels *.egg-info

@@ -43,7 +43,7 @@ UPDATES = {
 def test_ema_update(benchmark, provider, size):
     student = [p.detach() for p in parameters(size)]
     teacher = [s.clone() for s in student]
-    benchmark.extra_info.update(bytes=12 * count(student), parameters=count(student))
+    benchmark.extra_info.update(bytes=12 * count(student), flops=3 * count(student), parameters=count(student))
     benchmark(UPDATES[provider], teacher, student)
 
 
@@ -101,5 +101,5 @@ def test_adamw_ema(benchmark, provider, size):
     for p in params:
         p.grad = torch.randn_like(p) * 1e-3
     step = STEPS[provider](params, [p.detach().clone() for p in params])
-    benchmark.extra_info.update(bytes=36 * count(params), parameters=count(params))
+    benchmark.extra_info.update(bytes=36 * count(params), flops=18 * count(params), parameters=count(params))
     benchmark(step)

@@ -27,7 +27,7 @@ def fused(wave):
 
 
 def torch_stft(wave):
-    window, fb = tables(RATE, N_FFT, None, 60.0, 7800.0, N_MELS)
+    window, fb = (t.to(wave.device) for t in tables(RATE, N_FFT, None, 60.0, 7800.0, N_MELS))
 
     def call():
         x = wave / 32768 if wave.dtype == torch.int16 else wave

@@ -67,8 +67,8 @@ def make_step(provider, size):
 
 def products(size, mask):
     """Floating-point operations of the matrix products that a step needs, without stochastic depth."""
-    sizes, clips, frames, heads = SIZES[size]
-    dim, depth, tokens = sizes["dim"], sizes["depth"], frames // 4
+    sizes, _, _, heads = SIZES[size]
+    dim, depth, (clips, tokens) = sizes["dim"], sizes["depth"], mask.shape
     rows, read = 2 * clips * tokens, 2 * int(mask.sum())
     hidden, out = heads.values()
     block = 12 * dim**2 * rows + 2 * dim * tokens * rows

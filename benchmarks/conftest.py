@@ -30,6 +30,9 @@ one group whose other parameters are equal form one comparison: their ratios to 
 The floor of a case is the larger of bytes / the machine's best bandwidth and flops / its sgemm rate, measured in the
 same run (machine.py). Making inputs and warming up stay outside of the timed call. torch's number of threads is what
 the environment sets (OMP_NUM_THREADS).
+
+benchmarks/gpu/ holds the cases of a GPU, which are collected where there is one; they are written to a file of their
+own, under the GPU's name, with the GPU's rates.
 """
 
 import pytest
@@ -65,11 +68,15 @@ def _seed():
 
 def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)
-    cases = [b for b in session.benchmarks if b.stats.data and not b.has_error] if session else []
-    if not cases or not config.getoption("benchmark_enable"):
+    if not config.getoption("benchmark_enable"):
         return
-    terminalreporter.write_line("\nmeasuring this machine's bandwidth and sgemm rate ...")
-    result = report.collect(cases, machine.describe())
-    for line in report.tables(result):
-        terminalreporter.write_line(line)
-    terminalreporter.write_line(f"\nwritten to {report.save(result)}")
+    on_cpu = [b for b in session.benchmarks if b.stats.data and not b.has_error] if session else []
+    on_gpu = config.stash.get(report.GPU_CASES, [])
+    for device, cases, describe in (("CPU", on_cpu, machine.describe), ("GPU", on_gpu, machine.describe_gpu)):
+        if not cases:
+            continue
+        terminalreporter.write_line(f"\nmeasuring this {device}'s bandwidth and sgemm rate ...")
+        result = report.collect(cases, describe())
+        for line in report.tables(result):
+            terminalreporter.write_line(line)
+        terminalreporter.write_line(f"\nwritten to {report.save(result)}")

@@ -1,16 +1,19 @@
-"""What this machine is, and what it can do at most: bandwidths and sgemm rate, measured now."""
+"""What this machine or its GPU is, and what it can do at most: bandwidths and sgemm rate, measured now."""
 
 import os
 import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import atst_fast
+from benchmarks.gpu import timing
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,6 +23,42 @@ def describe() -> dict:
     info = atst_fast.build_info()
     return {
         "device": {"name": _cpu_model(), "cores": os.cpu_count(), "isa": info["isa"]},
+        **_software(info),
+        "rates": {**bandwidths(), "sgemm_flops": sgemm_rate()},
+    }
+
+
+def describe_gpu() -> dict:
+    """The same of the first GPU: its name, multiprocessors, clocks, driver, and its own rates."""
+    info, gpu = atst_fast.build_info(), torch.cuda.get_device_properties(0)
+    clocks = nvidia_smi()
+    software = _software(info)
+    software["versions"] |= {"cuda": torch.version.cuda, "driver": clocks.pop("driver_version", "unknown")}
+    software["versions"]["triton"] = _version("triton")
+    stopwatch = timing.Cuda()
+
+    def median(call):
+        return timing.launched(call, stopwatch, budget=0.5).median
+
+    return {
+        "device": {
+            "name": gpu.name,
+            "cores": gpu.multi_processor_count,
+            "isa": f"sm_{gpu.major}{gpu.minor}",
+            "kernels": info["cuda"],
+            **clocks,
+        },
+        **software,
+        "rates": {
+            **bandwidths(1 << 28, "cuda", median),
+            "sgemm_flops": sgemm_rate(8192, "cuda", median),
+            "bf16_flops": sgemm_rate(8192, "cuda", median, torch.bfloat16),
+        },
+    }
+
+
+def _software(info: dict) -> dict:
+    return {
         "commit": _commit(),
         "versions": {
             "torch": torch.__version__,
@@ -29,28 +68,50 @@ def describe() -> dict:
             "atst_fast": atst_fast.__version__,
         },
         "threads": torch.get_num_threads(),
-        "rates": {**bandwidths(), "sgemm_flops": sgemm_rate()},
     }
 
 
-def bandwidths(elements: int = 1 << 26) -> dict:
+def nvidia_smi() -> dict:
+    """Driver, and the first GPU's clocks (now and at most, MHz) and power limit (W); empty without nvidia-smi."""
+    names = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem", "power.limit")
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {name.replace(".", "_"): value.strip() for name, value in zip(names, said.split(","))}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def bandwidths(elements: int = 1 << 26, device: str = "cpu", median: Callable | None = None) -> dict:
     """Bytes read plus bytes written per second, to and from memory (not the caches), in three mixes.
 
     A copy also reads its target's lines, which nobody counts; where a core's outstanding reads are the limit, writing
     back in place comes for free. So the best of them, not the copy, is the bandwidth that floors are computed with.
     """
-    a, b = torch.zeros(elements), torch.ones(elements)
+    a, b = torch.zeros(elements, device=device), torch.ones(elements, device=device)
+    median = median or _median
     return {
-        "copy_bytes_per_s": 8 * elements / _median(lambda: a.copy_(b)),
-        "add_bytes_per_s": 12 * elements / _median(lambda: a.add_(b)),
-        "scale_bytes_per_s": 8 * elements / _median(lambda: b.mul_(1.0)),
+        "copy_bytes_per_s": 8 * elements / median(lambda: a.copy_(b)),
+        "add_bytes_per_s": 12 * elements / median(lambda: a.add_(b)),
+        "scale_bytes_per_s": 8 * elements / median(lambda: b.mul_(1.0)),
     }
 
 
-def sgemm_rate(n: int = 2048) -> float:
-    """Floating-point operations per second of a float32 matrix product."""
-    a, b, out = torch.rand(n, n), torch.rand(n, n), torch.empty(n, n)
-    return 2 * n**3 / _median(lambda: torch.mm(a, b, out=out))
+def sgemm_rate(
+    n: int = 2048, device: str = "cpu", median: Callable | None = None, dtype: torch.dtype = torch.float32
+) -> float:
+    """Floating-point operations per second of a matrix product; float32 ones without TF32, which is torch's default."""
+    assert dtype != torch.float32 or not torch.backends.cuda.matmul.allow_tf32
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * n**3 / (median or _median)(lambda: torch.mm(a, b, out=out))
 
 
 def _median(call, rounds: int = 9) -> float:

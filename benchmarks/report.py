@@ -2,7 +2,8 @@
 
 The JSON: what machine.describe() returns, ``date``, and ``cases``, each with ``group``, ``name``, ``params``,
 ``median_s``, ``iqr_s``, ``min_s``, ``rounds``, the ``extra_info`` of the benchmark, ``floor_s`` (null where neither
-bytes nor flops are known) and ``ratio_to_atst_fast`` (its median over ours, null where there is no counterpart).
+bytes nor flops are known), ``floor_by`` (which of the two it is) and ``ratio_to_atst_fast`` (its median over ours, null
+where there is no counterpart). A run on a GPU has its name, clocks and driver, and its own rates.
 A share of the floor above 100 % means that the data was in the caches.
 """
 
@@ -13,8 +14,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
+
 RESULTS = Path(__file__).parent / "results"
 OURS = "atst_fast"
+GPU_CASES = pytest.StashKey[list]()  # where benchmarks/gpu/conftest.py leaves the cases of a run
 
 
 def collect(benchmarks: Iterable, machine: dict) -> dict:
@@ -32,6 +36,7 @@ def _case(benchmark, rates: dict) -> dict:
         extra["bytes"] / max(v for k, v in rates.items() if k.endswith("bytes_per_s")) if "bytes" in extra else 0.0,
         extra["flops"] / rates["sgemm_flops"] if "flops" in extra else 0.0,
     ]
+    by_memory = floors[0] > floors[1]
     return {
         "group": benchmark.group or benchmark.name.split("[")[0],
         "name": benchmark.name,
@@ -42,6 +47,7 @@ def _case(benchmark, rates: dict) -> dict:
         "rounds": stats.rounds,
         "extra_info": extra,
         "floor_s": max(floors) or None,
+        "floor_by": ("bytes" if by_memory else "flops") if max(floors) else None,
     }
 
 
@@ -54,7 +60,7 @@ def _comparison(case: dict) -> tuple:
 def save(result: dict) -> Path:
     """Write the result under its device's folder, in one step, and return where."""
     device, commit = result["device"], result["commit"]
-    folder = RESULTS / _slug(f"{device['name']} {device['cores']} cores")
+    folder = RESULTS / _slug(device["name"] if on_gpu(result) else f"{device['name']} {device['cores']} cores")
     folder.mkdir(parents=True, exist_ok=True)
     date = re.sub(r"[-:]", "", result["date"])[:15]
     path = folder / f"{date}-{commit['id']}{'-dirty' if commit['dirty'] else ''}.json"
@@ -64,21 +70,33 @@ def save(result: dict) -> Path:
     return path
 
 
+def on_gpu(result: dict) -> bool:
+    return result["device"]["isa"].startswith("sm_")
+
+
+def title(result: dict) -> str:
+    """The machine in one line."""
+    device = result["device"]
+    units = f"{device['cores']} {'multiprocessors' if on_gpu(result) else 'cores'}, {device['isa']}"
+    where = f"SM clock {device.get('clocks_sm', '?')} MHz" if on_gpu(result) else f"{result['threads']} threads"
+    return f"{device['name']}, {units}, {where}"
+
+
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)", "", name.lower())).strip("-")
 
 
 def tables(result: dict) -> list[str]:
     """The lines to print: the machine, then one table per group; comparisons are kept apart by their order."""
-    device, rates = result["device"], result["rates"]
+    rates = result["rates"]
     lines = [
         "",
-        f"{device['name']}, {device['cores']} cores, {device['isa']}, {result['threads']} threads, "
-        f"torch {result['versions']['torch']}, commit {result['commit']['id']}"
+        f"{title(result)}, torch {result['versions']['torch']}, commit {result['commit']['id']}"
         + (" with changes" if result["commit"]["dirty"] else ""),
         f"copy {rates['copy_bytes_per_s'] / 1e9:.1f}, a += b {rates['add_bytes_per_s'] / 1e9:.1f}, "
         f"a *= c {rates['scale_bytes_per_s'] / 1e9:.1f} GB/s, "
-        f"sgemm {rates['sgemm_flops'] / 1e9:.0f} GFLOP/s",
+        f"sgemm {rates['sgemm_flops'] / 1e9:.0f} GFLOP/s"
+        + (f", bfloat16 {rates['bf16_flops'] / 1e12:.0f} TFLOP/s" if "bf16_flops" in rates else ""),
     ]
     for group in dict.fromkeys(c["group"] for c in result["cases"]):
         lines += ["", group, *_table([c for c in result["cases"] if c["group"] == group])]
@@ -112,7 +130,7 @@ def _row(case: dict) -> tuple[str, ...]:
         provider,
         _time(median),
         _time(case["iqr_s"]),
-        _rate(extra, median),
+        _rate(extra, median, case["floor_by"]),
         share,
         ratio,
         extra.get("note", ""),
@@ -123,11 +141,11 @@ def _values(params: dict) -> list[str]:
     return [str(v) if k in ("size", "arch") else f"{k}={v}" for k, v in params.items() if k != "provider"]
 
 
-def _rate(extra: dict, seconds: float) -> str:
+def _rate(extra: dict, seconds: float, floor_by: str | None) -> str:
     if "items" in extra:
         number, unit = extra["items"]
         return f"{number / seconds:,.0f} {unit}/s"
-    if "flops" in extra:
+    if floor_by == "flops":
         return f"{extra['flops'] / seconds / 1e9:.1f} GFLOP/s"
     return f"{extra['bytes'] / seconds / 1e9:.1f} GB/s" if "bytes" in extra else ""
 

@@ -1,0 +1,164 @@
+"""The benchmarks of a GPU where there is none: each case's call on the CPU; timing, report and roofline with a fake."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import card, machine, report
+from benchmarks.gpu import bench_augment, bench_ema, bench_log_mel, bench_step, timing
+
+
+class Clock:
+    """A GPU on which each call takes as long as it says."""
+
+    def __init__(self):
+        self.now, self.cleared = 0.0, 0
+
+    def call(self, *seconds):
+        left = list(seconds)
+
+        def run():
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return run
+
+    def clear_cache(self):
+        self.cleared += 1
+        self.now += 100.0
+
+    def mark(self):
+        return self.now
+
+    def seconds(self, begin, end):
+        return end - begin
+
+    def captured(self, call, times):
+        return lambda: [call() for _ in range(times)]
+
+
+def test_only_the_call_is_timed_and_the_cache_is_cleared_before_it():
+    clock = Clock()
+    stats = timing.launched(clock.call(9.0, 8.0, 7.0, 0.25), clock)
+    assert (stats.median, stats.iqr, stats.min, stats.rounds) == pytest.approx((0.25, 0, 0.25, 11))
+    assert clock.cleared == 12
+
+
+def test_a_graph_is_timed_per_call_and_leaves_the_cache_alone():
+    clock = Clock()
+    stats = timing.replayed(clock.call(1e-4), clock)
+    assert (stats.median, stats.rounds) == (pytest.approx(1e-4), 200)
+    assert clock.cleared == 0
+
+
+@pytest.mark.parametrize("provider", [p for p in bench_log_mel.PROVIDERS if "compiled" not in p])
+@pytest.mark.parametrize("dtype", ["int16", "float32"])
+def test_log_mel_cases_compute_one_thing(provider, dtype):
+    wave = bench_log_mel.make_wave("tiny", dtype, "cpu")
+    ours = bench_log_mel.PROVIDERS["atst_fast"](wave)().flatten(0, 1)
+    other = bench_log_mel.PROVIDERS[provider](wave)().reshape(ours.shape)
+    assert (ours - other).abs().max() < 0.05  # torchaudio floors over the batch's first axes in its own way
+    assert bench_log_mel.work("batch", dtype)["bytes"] == 144 * (160000 * wave.element_size() + 1001 * 64 * 4)
+
+
+def test_augment_cases_compute_one_thing():
+    arguments = bench_augment.make_arguments("tiny", "cpu")
+    ours, plain = (bench_augment.PROVIDERS[p](*arguments)() for p in ("atst_fast", "plain PyTorch"))
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
+
+
+def test_teacher_updates_compute_one_thing():
+    moved = {}
+    for provider in bench_ema.cpu.UPDATES:
+        torch.manual_seed(0)
+        student, teacher = bench_ema.tensors("tiny", "cpu")
+        teacher = [t + 1 for t in teacher]
+        bench_ema.updates(provider)(teacher, student)()
+        moved[provider] = torch.cat([t.flatten() for t in teacher])
+    for other in moved.values():
+        torch.testing.assert_close(other, moved["atst_fast"])
+
+
+@pytest.mark.parametrize("provider", ["atst_fast", "torch_fused", "torch_foreach"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_optimizer_steps_run(provider, clip):
+    step, parameters = bench_ema.make_step(provider, "tiny", clip, "cpu")
+    step()
+    assert parameters > 50_000
+
+
+def test_a_training_step_runs():
+    step, batch, flops = bench_step.make_case("atst_fast", "tiny", "cpu")
+    assert 0 < step(batch) < 4
+    assert flops == bench_step.cpu.products("tiny", batch[3])
+
+
+def gpu_result():
+    rates = {"copy_bytes_per_s": 4e12, "add_bytes_per_s": 4.2e12, "scale_bytes_per_s": 4.1e12}
+    rates |= {"sgemm_flops": 5e13, "bf16_flops": 7e14}
+    device = {"name": "Some GPU", "cores": 132, "isa": "sm_90", "kernels": "sm_90", "clocks_sm": "1980"}
+    here = {"device": device, "commit": {"id": "abc", "dirty": False}, "versions": {"torch": "2"}, "threads": 8}
+    cases = []
+    for provider, factor in (("atst_fast", 1.5), ("torch_stft", 9.0)):
+        extra = bench_log_mel.work("batch", "float32")
+        params = {"size": "batch", "provider": provider}
+        stats = timing.Stats(factor * extra["bytes"] / 4e12, 1e-6, 1e-5, 20)
+        name = f"test_log_mel[batch-{provider}]"
+        cases.append(SimpleNamespace(group="log_mel", name=name, params=params, extra_info=extra, stats=stats))
+    return report.collect(cases, {**here, "rates": rates})
+
+
+def test_a_run_on_a_gpu_is_one_file_under_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    result = gpu_result()
+    path = report.save(result)
+    assert path.parent == tmp_path / "some-gpu"
+    assert json.loads(path.read_text())["device"]["clocks_sm"] == "1980"
+    text = "\n".join(report.tables(result))
+    assert "Some GPU, 132 multiprocessors, sm_90, SM clock 1980 MHz" in text
+    assert "bfloat16 700 TFLOP/s" in text
+    assert [c["ratio_to_atst_fast"] for c in result["cases"]] == [1.0, 6.0]
+
+
+def test_roofline(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import plot
+
+    result = gpu_result() | {"date": "2020-01-01"}
+    assert plot.roofline(result, tmp_path / "r.png")
+    assert (tmp_path / "r.png").stat().st_size > 10000
+    for case in result["cases"]:
+        del case["extra_info"]["flops"]
+    assert not plot.roofline(result, tmp_path / "none.png")
+
+
+def test_a_machine_without_a_gpu_is_told_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(RuntimeError, match="built without CUDA"):
+        card.archs()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="no GPU that it can use"):
+        card.archs()
+
+
+def test_the_gpus_of_a_machine(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", [(9, 0), (8, 0), (9, 0)].__getitem__)
+    assert card.archs() == "8.0;9.0"
+
+
+def test_what_nvidia_smi_says(monkeypatch):
+    said = "580.159.04, 1980, 1980, 3201, 3201, 700.00\n"
+    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=said))
+    assert machine.nvidia_smi()["driver_version"] == "580.159.04"
+    assert machine.nvidia_smi()["clocks_max_mem"] == "3201"
+
+    def absent(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(machine.subprocess, "run", absent)
+    assert machine.nvidia_smi() == {}
