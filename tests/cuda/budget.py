@@ -14,7 +14,8 @@ class Budget:
 
     threads: per block as it is launched. registers: at most. shared: dynamic shared memory of a block in bytes, at
     most. blocks: that a multiprocessor must hold at a time, at least: per architecture or for all. opcodes: how many
-    instructions of a kind there must be (least, most); a modifier narrows: "LDG.128". None: no bound.
+    instructions of a kind there must be (least, most; None: no bound): a modifier narrows ("LDG.128"), a sum widens
+    ("FFMA+FMUL").
     """
 
     threads: int
@@ -26,14 +27,23 @@ class Budget:
 
 SOME, NONE = (1, None), (0, 0)
 
+# log_mel: the transform is straight-line code, so its float32 arithmetic is seen whole: 1,260 operations a lane at
+# n_fft 1024 (log_mel_kernel.cuh), plus mel and decibels. No tensor cores: they do not hold 80 dB. Shared memory at hop
+# 160 and 64 mels; two blocks on sm_90 and sm_100, one in the smaller shared memory of sm_80.
+_MEL = {"HMMA+HGMMA": NONE, "LDS.128": SOME}
+_TWO = {80: 1, 90: 2, 100: 2}
+
 BUDGET: dict[str, Budget] = {
     # the largest tile; 64 bins are one of 128 threads and 19 KiB
     "augment/augment_kernel": Budget(256, 40, shared=44 << 10, blocks={80: 3, 90: 5, 100: 5}),
-    "ema/ema::ema_kernel": Budget(
+    "ema/ema_kernel": Budget(
         threads=256, registers=64, blocks=4, opcodes={"LDG.128": (24, None), "STG.128": (12, None), "CALL": NONE}
     ),
-    "ema/ema::adamw_kernel": Budget(
+    "ema/adamw_kernel": Budget(
         threads=256, registers=64, shared=64, blocks=4, opcodes={"LDG.128": (18, None), "STG.128": (12, None)}
     ),
-    "ema/ema::norm_kernel": Budget(threads=256, registers=64, shared=2056, blocks=4, opcodes={"LDG.128": (4, None)}),
+    "ema/norm_kernel": Budget(threads=256, registers=64, shared=2056, blocks=4, opcodes={"LDG.128": (4, None)}),
+    "log_mel/log_mel_kernel<8>": Budget(256, 128, 109_968, _TWO, _MEL | {"FFMA+FADD+FMUL": (1100, 1500)}),
+    "log_mel/log_mel_kernel<16>": Budget(256, 128, 100_944, _TWO, _MEL | {"FFMA+FADD+FMUL": (1260, 1600)}),
+    "log_mel/log_mel_kernel<32>": Budget(256, 128, 112_592, _TWO, _MEL | {"FFMA+FADD+FMUL": (1600, 2400)}),
 }

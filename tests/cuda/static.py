@@ -38,7 +38,12 @@ class Record:
     opcodes: dict[str, int] = field(default_factory=dict)
 
     def count(self, pattern: str) -> int:
-        """Instructions of an opcode that have these modifiers among theirs: "LDG.128" counts LDG.E.128.CONSTANT."""
+        """Instructions of an opcode that have these modifiers among theirs: "LDG.128" counts LDG.E.128.CONSTANT.
+
+        "FFMA+FMUL" counts both.
+        """
+        if "+" in pattern:
+            return sum(map(self.count, pattern.split("+")))
         name, *modifiers = pattern.split(".")
         split = ((opcode.split("."), n) for opcode, n in self.opcodes.items())
         return sum(n for (first, *others), n in split if first == name and set(modifiers) <= set(others))
@@ -178,7 +183,7 @@ def parse_sass(text: str) -> dict[str, Counter]:
 
 
 def demangle(names: list[str]) -> list[str]:
-    """``name<template arguments>`` of each kernel, without atst:: and the unnamed namespace."""
+    """``name<template arguments>`` of each kernel, without namespaces."""
     if not names:
         return []
     plain = _run("c++filt", *names).splitlines()
@@ -186,13 +191,15 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def _short(name: str) -> str:
-    name = name.replace("(anonymous namespace)::", "").replace("atst::", "").removeprefix("void ")
+    name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
     depth = 0
     for i, c in enumerate(name):  # the parameter list starts at the first parenthesis outside of <>
         depth += (c == "<") - (c == ">")
         if c == "(" and not depth:
-            return name[:i]
-    return name
+            name = name[:i]
+            break
+    plain, bracket, arguments = name.partition("<")
+    return plain.rpartition("::")[2] + bracket + arguments
 
 
 def triton_record(
