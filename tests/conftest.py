@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from atst_fast import _C
+from atst_fast import _C, build_info
 from tests import cuda_shim
 
 _ISAS = ["portable", "avx2", "avx512"]
@@ -34,8 +34,9 @@ def threads():
 
 def _no_gpu():
     """Why the CUDA kernels cannot run on a GPU here, or None."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("atst_fast::log_mel", "CUDA"):
-        return "this build has no CUDA kernels"
+    built = build_info()["cuda"]
+    if built.startswith("none: "):
+        return f"this build has no CUDA kernels ({built.removeprefix('none: ')})"
     return None if torch.cuda.is_available() else "no GPU"
 
 
