@@ -97,6 +97,9 @@ class Call {
 #if defined(__CUDACC__)
     if (shared > 48 * 1024)
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    if (shared > 16 * 1024)  // the occupancy that the kernels count on needs all of it, not what the driver may choose
+      check(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
     kernel<<<grid, block, shared, stream>>>(P(std::forward<A>(args))...);
     check(cudaGetLastError());
 #else

@@ -48,6 +48,19 @@ def test_graph_replays_on_new_samples():
         assert torch.equal(y, ops.log_mel(new))
 
 
+def test_more_samples_than_an_int_counts():
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GB of free memory")
+    x = torch.zeros(3, 1 << 30, dtype=torch.int16, device="cuda")
+    new = (speech_like(50000) * 32767).to(torch.int16).cuda()
+    x[2, -50000:] = new
+    y = ops.log_mel(x[:, None], hop_length=1024, minmax=None)
+    assert y.numel() < 2**31 < x.numel()
+    expected = ops.log_mel(new, hop_length=1024, minmax=None)[:, -40:]
+    torch.testing.assert_close(y[2, 0, :, -40:], expected, rtol=0, atol=tol.MEL_60_DB)
+    assert (y[:2] == -100).all()
+
+
 def test_another_current_device():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
