@@ -52,13 +52,13 @@ def test_more_samples_than_an_int_counts():
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("needs 24 GB of free memory")
     x = torch.zeros(3, 1 << 30, dtype=torch.int16, device="cuda")
-    new = (speech_like(50000) * 32767).to(torch.int16).cuda()
-    x[2, -50000:] = new
+    new = (speech_like(51200) * 32767).to(torch.int16).cuda()
+    x[2, -51200:] = new
     y = ops.log_mel(x[:, None], hop_length=1024, minmax=None)
     assert y.numel() < 2**31 < x.numel()
     expected = ops.log_mel(new, hop_length=1024, minmax=None)[:, -40:]
     torch.testing.assert_close(y[2, 0, :, -40:], expected, rtol=0, atol=tol.MEL_60_DB)
-    assert (y[:2] == -100).all()
+    assert (y[:2] + 100).abs().max() <= 100 * tol.MEL_CONSTANT
 
 
 def test_another_current_device():
