@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +22,36 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "cuda_static"
 ARCHS = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Code:
+    """Instructions from one address to another, and how many there are of each opcode, NOP left out."""
+
+    begin: int
+    end: int
+    opcodes: dict[str, int]
+
+    @property
+    def length(self) -> int:
+        return sum(self.opcodes.values())
+
+    def holds(self, other: "Code") -> bool:
+        return self != other and self.begin <= other.begin and other.end <= self.end
+
+    def count(self, pattern: str) -> int:
+        """Instructions of an opcode that have these modifiers among theirs: "LDG.128" counts LDG.E.128.CONSTANT.
+
+        "FFMA+FMUL" counts both.
+        """
+        if "+" in pattern:
+            return sum(map(self.count, pattern.split("+")))
+        name, *modifiers = pattern.split(".")
+        split = ((opcode.split("."), n) for opcode, n in self.opcodes.items())
+        return sum(n for (first, *others), n in split if first == name and set(modifiers) <= set(others))
+
+
+_NOTHING = Code(0, 0, {})
 
 
 @dataclass(frozen=True)
@@ -35,18 +65,11 @@ class Record:
     spill_stores: int
     spill_loads: int
     shared: int
-    opcodes: dict[str, int] = field(default_factory=dict)
+    code: Code = _NOTHING
+    loops: tuple[Code, ...] = ()
 
     def count(self, pattern: str) -> int:
-        """Instructions of an opcode that have these modifiers among theirs: "LDG.128" counts LDG.E.128.CONSTANT.
-
-        "FFMA+FMUL" counts both.
-        """
-        if "+" in pattern:
-            return sum(map(self.count, pattern.split("+")))
-        name, *modifiers = pattern.split(".")
-        split = ((opcode.split("."), n) for opcode, n in self.opcodes.items())
-        return sum(n for (first, *others), n in split if first == name and set(modifiers) <= set(others))
+        return self.code.count(pattern)
 
 
 @dataclass(frozen=True)
@@ -125,7 +148,12 @@ def nvcc_records(source: Path, arch: int, folder: Path = CACHE) -> list[Record]:
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps([asdict(r) for r in records]))
         os.replace(temporary, path)
-    return [Record(**entry) for entry in json.loads(path.read_text())]
+    return [_record(entry) for entry in json.loads(path.read_text())]
+
+
+def _record(entry: dict) -> Record:
+    code, loops = Code(**entry.pop("code")), tuple(Code(**loop) for loop in entry.pop("loops"))
+    return Record(**entry, code=code, loops=loops)
 
 
 def _fingerprint(source: Path) -> str:
@@ -149,10 +177,9 @@ def _compile(source: Path, arch: int) -> list[Record]:
 
 def records(arch: int, ptxas: str, sass: str) -> list[Record]:
     """The kernels in what ``ptxas -v`` and ``cuobjdump -sass`` print."""
-    opcodes = parse_sass(sass)
+    code = parse_sass(sass)
     usage = parse_ptxas(ptxas)
-    names = demangle(list(usage))
-    return [Record(name, arch, **usage[m], opcodes=dict(opcodes.get(m, {}))) for m, name in zip(usage, names)]
+    return [Record(name, arch, **usage[m], **code[m]) for m, name in zip(usage, demangle(list(usage)))]
 
 
 def parse_ptxas(text: str) -> dict[str, dict[str, int]]:
@@ -172,14 +199,26 @@ def parse_ptxas(text: str) -> dict[str, dict[str, int]]:
     return usage
 
 
-def parse_sass(text: str) -> dict[str, Counter]:
-    """Per mangled kernel name: how often each opcode stands in it, NOP left out."""
-    kernels: dict[str, Counter] = {}
+def parse_sass(text: str) -> dict[str, dict]:
+    """Per mangled kernel name: its code, and its loops (what a branch jumps back over), inner ones included."""
+    kernels: dict[str, dict] = {}
     for block in re.split(r"Function : ", text)[1:]:
         name, _, body = block.partition("\n")
-        instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body, re.MULTILINE)
-        kernels[name.strip()] = Counter(i for i in instructions if i != "NOP")
+        found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", body, re.MULTILINE)
+        lines = [(int(address, 16), opcode, operands) for address, opcode, operands in found]
+        code = _code(lines, 0, lines[-1][0] if lines else 0)
+        loops = []
+        for address, opcode, operands in lines:
+            target = re.search(r"\b0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
+            if target and int(target.group(1), 16) < address:
+                loops.append(_code(lines, int(target.group(1), 16), address))
+        kernels[name.strip()] = {"code": code, "loops": tuple(loops)}
     return kernels
+
+
+def _code(lines: list[tuple[int, str, str]], begin: int, end: int) -> Code:
+    inside = Counter(opcode for address, opcode, _ in lines if begin <= address <= end and opcode != "NOP")
+    return Code(begin, end, dict(inside))
 
 
 def demangle(names: list[str]) -> list[str]:
@@ -221,7 +260,7 @@ def triton_record(
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         (record,) = records(arch, _ptxas(compiled.asm["ptx"]), _run(cuobjdump(), "-sass", str(cubin)))
-    return Record(**{**asdict(record), "name": fn.__name__, "shared": compiled.metadata.shared})
+    return replace(record, name=fn.__name__, shared=compiled.metadata.shared)
 
 
 def _ptxas(ptx: str) -> str:

@@ -65,20 +65,24 @@ def test_every_budget_has_its_kernel(kernels):
     assert not unused, f"the budget has entries without a kernel: {unused}"
 
 
-PTXAS = """\
+LERP = "_ZN4atst50_GLOBAL__N__c46c39cf_11_ema_cuda_cu_6e911741_215054lerpEPfPKffl"
+HOARD_96 = "_ZN4atst43_GLOBAL__N__28ce9cee_5_sp_cu_5dce5ca8_215465hoardILi96EEEvPf"
+PTXAS = f"""\
 ptxas info    : 28 bytes gmem
-ptxas info    : Compiling entry function '_ZN4atst50_GLOBAL__N__c46c39cf_11_ema_cuda_cu_6e911741_215054lerpEPfPKffl' for 'sm_90'
-ptxas info    : Function properties for _ZN4atst50_GLOBAL__N__c46c39cf_11_ema_cuda_cu_6e911741_215054lerpEPfPKffl
+ptxas info    : Compiling entry function '{LERP}' for 'sm_90'
+ptxas info    : Function properties for {LERP}
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 12 registers, used 1 barriers, 2048 bytes smem, 400 bytes cmem[0]
-ptxas info    : Compiling entry function '_ZN4atst43_GLOBAL__N__28ce9cee_5_sp_cu_5dce5ca8_215465hoardILi96EEEvPf' for 'sm_90'
-ptxas info    : Function properties for _ZN4atst43_GLOBAL__N__28ce9cee_5_sp_cu_5dce5ca8_215465hoardILi96EEEvPf
+ptxas info    : Compiling entry function '{HOARD_96}' for 'sm_90'
+ptxas info    : Function properties for {HOARD_96}
     584 bytes stack frame, 688 bytes spill stores, 692 bytes spill loads
 ptxas info    : Used 32 registers, used 1 barriers, 584 bytes cumulative stack size
-"""  # noqa: E501
-SASS = """
+"""
+SASS = f"""
+		Function : {LERP}
+        /*0000*/                   EXIT ;                                     /* 0x000000000000794d */
 	code for sm_90
-		Function : _ZN4atst43_GLOBAL__N__28ce9cee_5_sp_cu_5dce5ca8_215465hoardILi96EEEvPf
+		Function : {HOARD_96}
 	.headerflags	@"EF_CUDA_SM90"
         /*0000*/                   LDC R1, c[0x0][0x28] ;                     /* 0x00000a00ff017b82 */
                                                                               /* 0x000fe20000000800 */
@@ -86,6 +90,8 @@ SASS = """
         /*0020*/             @!UP1 FFMA R3, R3, R4, R5 ;                      /* 0x0000000604007981 */
         /*0030*/                   LDG.E R4, desc[UR6][R2.64] ;               /* 0x0000000604007981 */
         /*0040*/                   STL [R1], R4 ;                             /* 0x0000000604007981 */
+        /*0050*/               @P0 BRA 0x20 ;                                 /* 0xffffff6000000947 */
+        /*0060*/                   BRA 0x10060;                               /* 0xffffff6000000947 */
         /*10050*/                  NOP;                                       /* 0x0000000000007918 */
 """
 
@@ -98,7 +104,8 @@ def test_what_ptxas_and_cuobjdump_print_is_read():
     lerp, hoard = recorded()
     assert (lerp.name, lerp.registers, lerp.stack, lerp.spill_stores, lerp.shared) == ("lerp", 12, 0, 0, 2048)
     assert (hoard.name, hoard.stack, hoard.spill_stores, hoard.spill_loads) == ("hoard<96>", 584, 688, 692)
-    assert hoard.opcodes == {"LDC": 1, "LDG.E.128.CONSTANT": 1, "FFMA": 1, "LDG.E": 1, "STL": 1}
+    assert hoard.code.opcodes == {"LDC": 1, "LDG.E.128.CONSTANT": 1, "FFMA": 1, "LDG.E": 1, "STL": 1, "BRA": 2}
+    assert hoard.loops == (static.Code(0x20, 0x50, {"FFMA": 1, "LDG.E": 1, "STL": 1, "BRA": 1}),)
     assert [hoard.count(p) for p in ("LDG", "LDG.128", "STL", "ST", "FFMA+STL")] == [2, 1, 1, 0, 2]
 
 

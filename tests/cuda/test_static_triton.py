@@ -28,7 +28,7 @@ def test_a_triton_kernel_is_inspected(arch, opcode, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     record = static.triton_record(product, SIGNATURE, {"N": 64}, arch, aligned=("a", "b", "c", "K"), num_warps=8)
     assert record.name == "product"
-    assert record.count(opcode) > 0, record.opcodes
+    assert record.count(opcode) > 0, record.code.opcodes
     assert record.spill_stores == record.stack == record.count("STL") == 0
     assert 32 < record.registers <= 255
     assert static.occupancy(record.registers, 256, record.shared, arch) >= 1
