@@ -35,18 +35,30 @@ __global__ void transpose(const float4* x, float4* out) {  // 32 x 32 per block
   out[blockIdx.x * 256 + threadIdx.x] = make_float4(at(0), at(1), at(2), at(3));
 }
 
-__global__ void last_block_sums(const float* x, float* partial, unsigned* done, float* out, bool fence) {
-  bool* last = shared_memory<bool>();
+enum Last { kRight, kRightInOneWarp, kNoFence, kFenceFirst, kPlainRead, kNoBarrierHere };
+
+__global__ void last_block_sums(const float* x, float* partial, unsigned* done, float* out, Last how) {
+  bool* shared = shared_memory<bool>();
   const float sum = warp_sum(x[blockIdx.x * 32 + threadIdx.x]);
+  bool last = false;
   if (threadIdx.x == 0) {
+    if (how == kFenceFirst) __threadfence();
     partial[blockIdx.x] = sum;
-    if (fence) __threadfence();
-    *last = atomicAdd(done, 1) == gridDim.x - 1;
+    if (how != kNoFence && how != kFenceFirst) __threadfence();
+    last = atomicAdd(done, 1) == gridDim.x - 1;
+    *shared = last;
   }
-  __syncthreads();
-  if (!*last) return;
+  if (how == kRightInOneWarp) {
+    last = __shfl_sync(kAll, static_cast<int>(last), 0);
+  } else if (how != kNoBarrierHere) {
+    __syncthreads();
+    last = *shared;
+  } else {
+    last = blockIdx.x == gridDim.x - 1;
+  }
+  if (!last) return;
   float all = 0;
-  for (unsigned i = threadIdx.x; i < gridDim.x; i += 32) all += __ldcg(partial + i);
+  for (unsigned i = threadIdx.x; i < gridDim.x; i += 32) all += how == kPlainRead ? partial[i] : __ldcg(partial + i);
   all = warp_sum(all);
   if (threadIdx.x == 0) *out = all;
 }
@@ -83,15 +95,20 @@ enum Bug {
   kOtherMask,
   kOutside,
   kEarlyExit,
-  kUnfenced,
   kReverseRace,
   kSpin,
   kMisalignedRead,
   kBefore,
   kBlockRead,
+  kLocalEnd,
+  kMemcpyEnd,
+  kGlobalRace,
+  kConstantLoad,
+  kScratch,
+  kConversion,
 };
 
-__global__ void bugs(const float* x, float* out, int* counter, Bug bug) {
+__global__ void bugs(const float* x, float* out, int* counter, float* scratch, Bug bug) {
   float* s = shared_memory<float>();
   const int i = threadIdx.x, n = blockDim.x;
   if (bug == kDivergent && i < 40) __syncthreads();
@@ -123,7 +140,16 @@ __global__ void bugs(const float* x, float* out, int* counter, Bug bug) {
     }
   if (bug == kBlockRead && blockIdx.x != 0) s[i] = static_cast<float>(counter[0]);
   if (bug == kBlockRead && blockIdx.x == 0 && i == 0) counter[0] = 1;
+  if (bug == kLocalEnd && i == 2) {
+    float local[4] = {s[0], s[1], s[2], s[3]};
+    s[i] = local[n >> 4];
+  }
+  if (bug == kMemcpyEnd && i == 0) memcpy(out, x, (n + 1) * sizeof(float));
+  if (bug == kScratch && i == 5) s[i] = scratch[i];
+  if (bug == kConversion && i == 5) out[i] = static_cast<int>(s[i] * 1e30f);
   if (!(bug == kPartial && i == 12) && (blockIdx.x == 0 || bug == kBlockRace)) out[i] = s[n - 1 - i];
+  if (bug == kGlobalRace) out[i] = out[n - 1 - i];
+  if (bug == kConstantLoad && i < 32) out[i] = __ldg(out + i);
 }
 
 Tensor empty(const Tensor& like, std::vector<int64_t> shape) { return torch::stable::new_empty(like, shape); }
@@ -143,12 +169,12 @@ Tensor run_transpose(const Tensor& x) {
   return out;
 }
 
-Tensor run_last_block_sums(const Tensor& x, bool fence) {
+Tensor run_last_block_sums(const Tensor& x, int64_t how) {
   const Call call("last_block_sums", x);
   const Tensor out = empty(x, {}), partial = empty(x, {x.size(0)}), done = empty(x, {1});
   call.zero(call.scratch<unsigned>(done), 4);
   call.launch(last_block_sums, unsigned(x.size(0)), 32, 1, call.in<float>(x), call.scratch<float>(partial),
-              call.scratch<unsigned>(done), call.out<float>(out), fence);
+              call.scratch<unsigned>(done), call.out<float>(out), static_cast<Last>(how));
   return out;
 }
 
@@ -161,17 +187,18 @@ Tensor run_half_warps(const Tensor& x) {
 
 Tensor run_bugs(const Tensor& x, int64_t bug) {
   const Call call("bugs", x);
-  const Tensor out = empty(x, {x.size(0)}), counter = empty(x, {1});
+  const Tensor out = empty(x, {x.size(0)}), counter = empty(x, {1}), scratch = empty(x, {64});
   call.zero(call.scratch<int>(counter), 4);
   call.launch(bugs, bug == kBlockRace || bug == kBlockRead ? 2 : 1, unsigned(x.size(0)), x.size(0) * 4,
-              call.in<float>(x), call.out<float>(out), call.scratch<int>(counter), static_cast<Bug>(bug));
+              call.in<float>(x), call.out<float>(out), call.scratch<int>(counter), call.scratch<float>(scratch),
+              static_cast<Bug>(bug));
   return out;
 }
 
 STABLE_TORCH_LIBRARY(atst_shim_test, m) {
   m.def("block_sum(Tensor x) -> Tensor");
   m.def("transpose(Tensor x) -> Tensor");
-  m.def("last_block_sums(Tensor x, bool fence) -> Tensor");
+  m.def("last_block_sums(Tensor x, int how) -> Tensor");
   m.def("half_warps(Tensor x) -> Tensor");
   m.def("bugs(Tensor x, int bug) -> Tensor");
 }

@@ -18,17 +18,20 @@ import setup
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "cuda_shim"
-RUNTIME = ("runtime", sorted(HERE.glob("*.cpp")))
 NO_CUDA = setup.Cuda(None, [], "none: the shim is C++")
 
-# The sanitizers' calls without their libraries: the runtime answers them. Both sit before the vectorizer, so that what
-# they see are the accesses of the source.
+# The sanitizers' calls without their libraries: the runtime answers them. They are put in before loops are vectorized
+# and stores merged, so that what they see are the accesses of the source; loads that it does not make stay out.
 CHECKED = [
-    "-fsanitize=thread,alignment",
+    "-O2",
+    "-fno-hoist-adjacent-loads",
+    "-fsanitize=thread,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow",
     "--param=tsan-instrument-func-entry-exit=0",
     "--param=tsan-distinguish-volatile=1",
     "-ffp-contract=fast",  # as on the GPU
+    "-ftrivial-auto-var-init=pattern",  # a local that nobody set is the same wrong number every time
 ]
+WRAPPED = [f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset")]  # kernels' calls of them are seen, too
 
 
 def unavailable():
@@ -43,12 +46,11 @@ def unavailable():
 @functools.cache
 def _flags():
     cxx = setup.tool("CXX")
-    common = [f for f in setup.compiler_flags(cxx, NO_CUDA) if f != "-O3"]
     fma = Path("/proc/cpuinfo").exists() and {"fma", "avx2"} <= set(Path("/proc/cpuinfo").read_text().split())
-    return [*common, "-O2", "-g1", f"-I{HERE}", *(["-mfma", "-mavx2"] if fma else [])]
+    return [*setup.compiler_flags(cxx, NO_CUDA), "-g1", f"-I{HERE}", *(["-mfma", "-mavx2"] if fma else [])]
 
 
-def _ninja(name, sources, flags, libraries):
+def _ninja(name, sources, flags, link_flags, libraries):
     """Builds build/cuda_shim/lib<name>.so from sources, as setup.py builds the extension."""
     import ninja
     from ninja.ninja_syntax import Writer
@@ -63,7 +65,7 @@ def _ninja(name, sources, flags, libraries):
             n = Writer(f, width=1000)
             command = f"{cxx} -MMD -MF $out.d {shlex.join(flags)} -c -x c++ $in -o $out"
             n.rule("cxx", command, depfile="$out.d", deps="gcc")
-            link = shlex.join([f"-Wl,-soname,lib{name}.so", f"-Wl,-rpath,{BUILD}", *map(str, libraries)])
+            link = shlex.join([f"-Wl,-soname,lib{name}.so", f"-Wl,-rpath,{BUILD}", *link_flags, *map(str, libraries)])
             n.rule("link", f"{cxx} -shared $in -o $out {link} {shlex.join(setup.linker_flags(NO_CUDA))}")
             objects = []
             for source in map(Path, sources):
@@ -76,10 +78,14 @@ def _ninja(name, sources, flags, libraries):
     return target
 
 
+def _build_runtime():
+    return _ninja("cuda_shim_runtime", sorted(HERE.glob("*.cpp")), _flags(), [], [])
+
+
 def build_module(name, sources, defines=()):
     """A library of kernels and their operators, checked by the runtime."""
-    runtime = _ninja(*RUNTIME, _flags(), [])
-    return _ninja(name, sources, [*_flags(), *CHECKED, *(f"-D{d}" for d in defines)], [runtime])
+    flags = [*_flags(), *CHECKED, *(f"-D{d}" for d in defines)]
+    return _ninja(name, sources, flags, WRAPPED, [_build_runtime()])
 
 
 def build():
@@ -89,21 +95,31 @@ def build():
 
 
 @functools.cache
-def runtime():
-    return ctypes.CDLL(str(_ninja(*RUNTIME, _flags(), [])), mode=ctypes.RTLD_LOCAL)
+def _load_once(build, *arguments):
+    """Loads what build() returns; or the error, so that a test session compiles only once what does not compile."""
+    try:
+        torch.ops.load_library(build(*arguments))
+    except RuntimeError as error:
+        return error
+    return None
 
 
-@functools.cache
 def load_module(name, *sources):
     """torch.ops.<name> of a module that a test defines with STABLE_TORCH_LIBRARY(<name>, m)."""
-    torch.ops.load_library(build_module(name, sources))
+    if error := _load_once(build_module, name, sources):
+        raise error
     return getattr(torch.ops, name)
 
 
-@functools.cache
 def load():
-    torch.ops.load_library(build())
+    if error := _load_once(build):
+        raise error
     return torch.ops.atst_fast_shim
+
+
+@functools.cache
+def runtime():
+    return ctypes.CDLL(str(_build_runtime()))
 
 
 def schedule(order="forward", seed=0):

@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "machine.h"
+#include "ordering.h"
 
 namespace shim {
 
@@ -11,24 +11,33 @@ namespace {
 void seen(const void* p, size_t bytes, Kind kind, const void* caller) {
   if (running) access(p, bytes, kind, caller);
 }
+void seen_copy(void* to, const void* from, size_t bytes, const void* caller) {
+  if (!bytes) return;
+  seen(from, bytes, Kind::read, caller);
+  seen(to, bytes, Kind::write, caller);
+}
 void aligned(const void* p, size_t bytes, Site site) {
   if (running && reinterpret_cast<uintptr_t>(p) % bytes)
     fatal(site, format("accesses %zu bytes at an address that is not a multiple of %zu", bytes, bytes));
+}
+template <class Place>
+void undefined(const Place& where, std::string what) {
+  if (running) fatal(Site(where.file, static_cast<int>(where.line)), std::move(what));
 }
 }  // namespace
 
 void check_load(const void* p, size_t bytes, Load load, Site site) {
   aligned(p, bytes, site);
   const Kind kinds[] = {Kind::read, Kind::coherent_read, Kind::constant_read};
-  access(p, bytes, kinds[static_cast<int>(load)], site);
+  access(p, bytes, kinds[static_cast<int>(load)], nullptr, &site);
 }
 void check_store(void* p, size_t bytes, Site site) {
   aligned(p, bytes, site);
-  access(p, bytes, Kind::write, site);
+  access(p, bytes, Kind::write, nullptr, &site);
 }
 void check_atomic(void* p, size_t bytes, Site site) {
   aligned(p, bytes, site);
-  access(p, bytes, Kind::atomic, site);
+  access(p, bytes, Kind::atomic, nullptr, &site);
 }
 void fence(bool device, Site) {
   if (device) note_fence();
@@ -94,6 +103,7 @@ SHIM_ATOMICS(64, unsigned long)
 SHIM_EXPORT void __tsan_atomic_thread_fence(int) { std::atomic_thread_fence(std::memory_order_seq_cst); }
 SHIM_EXPORT void __tsan_atomic_signal_fence(int) { std::atomic_signal_fence(std::memory_order_seq_cst); }
 
+// Every report of -fsanitize=undefined starts with its place in the source.
 struct SourceLocation {
   const char* file;
   uint32_t line, column;
@@ -104,9 +114,34 @@ struct TypeMismatch {
   unsigned char log_alignment, check;
 };
 SHIM_EXPORT void __ubsan_handle_type_mismatch_v1(TypeMismatch* data, uintptr_t) {
-  if (!shim::running) return;
-  shim::fatal(shim::Site(data->where.file, static_cast<int>(data->where.line)),
-              shim::format("accesses memory at an address that is not a multiple of %u, as the type there needs",
-                           1u << data->log_alignment));
+  shim::undefined(data->where, shim::format("accesses memory at an address that is not a multiple of %u, as the type "
+                                            "there needs",
+                                            1u << data->log_alignment));
+}
+#define SHIM_UNDEFINED(name, what) \
+  SHIM_EXPORT void __ubsan_handle_##name(SourceLocation* where) { shim::undefined(*where, what); }
+SHIM_UNDEFINED(out_of_bounds, "uses an index outside of an array")
+SHIM_UNDEFINED(shift_out_of_bounds, "shifts by a number of bits that is negative or not less than those of the type")
+SHIM_UNDEFINED(add_overflow, "adds integers whose sum does not fit")
+SHIM_UNDEFINED(sub_overflow, "subtracts integers whose difference does not fit")
+SHIM_UNDEFINED(mul_overflow, "multiplies integers whose product does not fit")
+SHIM_UNDEFINED(negate_overflow, "negates the least integer")
+SHIM_UNDEFINED(divrem_overflow, "divides an integer by zero, or the least one by -1")
+SHIM_UNDEFINED(float_cast_overflow, "converts a float to an integer type that it does not fit")
+
+void* __wrap_memcpy(void* to, const void* from, size_t bytes);
+void* __wrap_memmove(void* to, const void* from, size_t bytes);
+void* __wrap_memset(void* to, int value, size_t bytes);
+SHIM_EXPORT void* __wrap_memcpy(void* to, const void* from, size_t bytes) {
+  shim::seen_copy(to, from, bytes, CALLER);
+  return std::memcpy(to, from, bytes);
+}
+SHIM_EXPORT void* __wrap_memmove(void* to, const void* from, size_t bytes) {
+  shim::seen_copy(to, from, bytes, CALLER);
+  return std::memmove(to, from, bytes);
+}
+SHIM_EXPORT void* __wrap_memset(void* to, int value, size_t bytes) {
+  if (bytes) shim::seen(to, bytes, shim::Kind::write, CALLER);
+  return std::memset(to, value, bytes);
 }
 }

@@ -4,6 +4,7 @@
 // runtime.so answers instead of the sanitizer's library.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <tuple>
@@ -56,6 +57,10 @@ class SHIM_EXPORT OperatorCall {
   int exceptions_;
 };
 
+struct Argument {
+  const void* p;
+  size_t bytes;
+};
 struct Launch {
   const char* op;
   void* kernel;
@@ -64,6 +69,8 @@ struct Launch {
   void (*call)(void* bound);
   void* bound;  // the kernel and its arguments, which threads may read
   size_t bound_bytes;
+  const Argument* arguments;
+  size_t argument_count;
 };
 SHIM_EXPORT void run(const Launch& launch);
 
@@ -77,7 +84,10 @@ void launch(const char* op, void (*kernel)(P...), dim3 grid, dim3 block, size_t 
     const Bound& b = *static_cast<const Bound*>(p);
     std::apply(b.kernel, b.arguments);
   };
-  run({op, reinterpret_cast<void*>(kernel), grid, block, shared, call, &bound, sizeof(bound)});
+  const auto list = [](const P&... p) { return std::array<Argument, sizeof...(P)>{Argument{&p, sizeof(p)}...}; };
+  const auto arguments = std::apply(list, bound.arguments);
+  run({op, reinterpret_cast<void*>(kernel), grid, block, shared, call, &bound, sizeof(bound), arguments.data(),
+       arguments.size()});
 }
 
 }  // namespace shim

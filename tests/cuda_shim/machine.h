@@ -20,11 +20,12 @@ constexpr size_t kStack = 128 * 1024;      // of one fiber
 
 // A place in the source: a Site, or an address of code that is looked up when the message is written.
 struct Where {
-  Site site{nullptr, 0};
+  const char* file = nullptr;
+  int line = 0;
   const void* code = nullptr;
-  Where(Site site) : site(site) {}
-  Where(const void* code) : code(code) {}
   Where() = default;
+  Where(const Site& site) : file(site.file), line(site.line) {}
+  Where(const void* code) : code(code) {}
   bool operator==(const Where&) const = default;
 };
 
@@ -34,13 +35,14 @@ struct Thread {
   void* stack_pointer = nullptr;
   uintptr_t stack = 0;
   uint3 index{};
-  unsigned linear = 0;
+  unsigned linear = 0, warp = 0, lane = 0;
   State state = State::returned;
   Collective kind{};
   Site site{nullptr, 0};  // where it waits
   unsigned mask = 0, source = 0;
   uint64_t value = 0, result = 0;
   uint64_t accesses = 0;
+  uint32_t atomic_epoch = 0, atomic_stamp = 0;  // of its first atomic of an epoch, in global memory
 };
 
 // Which accesses of the other lanes of its warp a lane knows to be over: those that lane u made before its clock was
@@ -68,14 +70,14 @@ extern constinit thread_local Thread* running __attribute__((tls_model("initial-
 
 // --- report.cpp
 // Notes an error of the running thread (or of none). fatal: the launch ends at once; does not return to the kernel.
-void report(Where where, std::string what);
-[[noreturn]] void fatal(Where where, std::string what);
-void report_as(const Thread* thread, Where where, std::string what);
+void report(const Where& where, std::string what);
+[[noreturn]] void fatal(const Where& where, std::string what);
+void report_as(const Thread* thread, const Where& where, std::string what);
 bool errors();
 [[noreturn]] void throw_errors(const char* op);
 std::string thread_name(const Thread& thread);
 std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
-std::string line_of(Where where);
+std::string line_of(const Where& where);
 
 // --- fiber.cpp
 void start_fiber(Thread& thread, void (*entry)());
@@ -84,10 +86,10 @@ void leave();  // back to the scheduler
 
 // --- memory.cpp
 enum class Kind : uint8_t { read, write, coherent_read, constant_read, atomic };
-void access(const void* p, size_t bytes, Kind kind, Where where);
+// caller: where the access is made, or null: at the site
+void access(const void* p, size_t bytes, Kind kind, const void* caller, const Site* site = nullptr);
 void begin_launch_memory();
 void begin_block_memory();
-void note_fence();
 void forget_memory(bool check_outputs);
 bool memory_left();
 

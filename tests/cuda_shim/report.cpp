@@ -66,10 +66,10 @@ std::string format(const char* text, ...) {
   return buffer;
 }
 
-std::string line_of(Where where) {
+std::string line_of(const Where& where) {
   std::string line;
-  if (where.site.file)
-    line = format("%s:%d", where.site.file, where.site.line);
+  if (where.file)
+    line = format("%s:%d", where.file, where.line);
   else if (where.code)  // the instruction after the call may belong to the next line
     line = look_up(static_cast<const char*>(where.code) - 1).line;
   return line.substr(line.find_last_of('/') + 1);
@@ -79,7 +79,7 @@ std::string thread_name(const Thread& thread) {
   return format("thread (%u,%u,%u)", thread.index.x, thread.index.y, thread.index.z);
 }
 
-void report_as(const Thread* thread, Where where, std::string what) {
+void report_as(const Thread* thread, const Where& where, std::string what) {
   const std::string kind = words(what);
   for (Error& e : collected) {
     if (e.where == where && words(e.what) == kind) {
@@ -100,9 +100,9 @@ void report_as(const Thread* thread, Where where, std::string what) {
   collected.push_back({where, std::move(what), who, machine.launch ? machine.launch->kernel : nullptr});
 }
 
-void report(Where where, std::string what) { report_as(running, where, std::move(what)); }
+void report(const Where& where, std::string what) { report_as(running, where, std::move(what)); }
 
-void fatal(Where where, std::string what) {
+void fatal(const Where& where, std::string what) {
   report(where, std::move(what));
   machine.aborted = true;
   leave();

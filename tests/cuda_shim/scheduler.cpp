@@ -56,7 +56,7 @@ void begin_block(uint64_t index) {
   const uint3 b = machine.launch->block;
   for (unsigned i = 0; i < machine.threads; ++i) {
     Thread& t = machine.thread[i];
-    t.linear = i;
+    t.linear = i, t.warp = i / kLanes, t.lane = i % kLanes;
     t.index = {i % b.x, i / b.x % b.y, i / b.x / b.y};
     t.state = State::ready;
     t.accesses = 0;

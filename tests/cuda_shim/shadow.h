@@ -30,17 +30,16 @@ class Shadow {
   explicit Shadow(size_t bytes) : bytes_(bytes) {}
 
   size_t unit() const { return unit_; }
-  Cell* cells() { return cells_.get(); }
+  size_t count(size_t bytes) const { return (bytes + unit_ - 1) / unit_; }
 
   // The cells of [offset, offset + bytes).
   Cell* at(size_t offset, size_t bytes) {
     if ((offset | bytes) & (unit_ - 1)) [[unlikely]]
       refine((offset | bytes) & 1 ? 1 : 2);
     if (!cells_) [[unlikely]]
-      cells_ = allocate(count());
+      cells_ = allocate(count(bytes_));
     return cells_.get() + offset / unit_;
   }
-  size_t count() const { return (bytes_ + unit_ - 1) / unit_; }
 
  private:
   struct Free {
@@ -55,12 +54,12 @@ class Shadow {
     return Cells(p);
   }
   void refine(size_t unit) {
-    const size_t before = count(), parts = unit_ / unit;
+    const size_t before = count(bytes_), parts = unit_ / unit;
     unit_ = unit;
     if (!cells_) return;
-    Cells fine = allocate(count());
+    Cells fine = allocate(count(bytes_));
     for (size_t i = 0; i < before; ++i)
-      for (size_t j = i * parts; j < (i + 1) * parts && j < count(); ++j) fine[j] = cells_[i];
+      for (size_t j = i * parts; j < (i + 1) * parts && j < count(bytes_); ++j) fine[j] = cells_[i];
     cells_ = std::move(fine);
   }
 

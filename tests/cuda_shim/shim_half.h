@@ -3,6 +3,7 @@
 #pragma once
 
 #include <bit>
+#include <concepts>
 #include <cstdint>
 
 namespace shim {
@@ -49,7 +50,8 @@ struct __nv_bfloat16_raw {
     Type() = default;                                                                                      \
     Type(float f) : bits(shim::to_bits(f)) {}                                                              \
     Type(double d) : bits(shim::to_bits(static_cast<float>(d))) {}                                         \
-    Type(int i) : bits(shim::to_bits(static_cast<float>(i))) {}                                            \
+    template <std::integral I>                                                                             \
+    Type(I i) : bits(shim::to_bits(static_cast<float>(i))) {}                                              \
     Type(Type##_raw raw) : bits(raw.x) {}                                                                  \
     operator Type##_raw() const { return {bits}; }                                                         \
     operator float() const { return shim::to_value(bits); }                                                \

@@ -1,6 +1,7 @@
 // Atomics, fences and the loads and stores with a cache hint.
 #pragma once
 
+#include <bit>
 #include <cstring>
 #include <type_traits>
 
@@ -17,6 +18,7 @@ SHIM_EXPORT void copy(void* to, const void* from, size_t bytes);
 
 template <class T>
 T load(const T* p, Load kind, Site site) {
+  static_assert(sizeof(T) <= 16 && std::has_single_bit(sizeof(T)), "CUDA loads no such type");
   check_load(p, sizeof(T), kind, site);
   T value;
   copy(&value, p, sizeof(T));
@@ -24,6 +26,7 @@ T load(const T* p, Load kind, Site site) {
 }
 template <class T>
 void store(T* p, const T& value, Site site) {
+  static_assert(sizeof(T) <= 16 && std::has_single_bit(sizeof(T)), "CUDA stores no such type");
   check_store(p, sizeof(T), site);
   copy(p, &value, sizeof(T));
 }

@@ -31,7 +31,9 @@ SHIM_EXPORT unsigned alive_lanes();
 
 template <class T>
 T shuffle(unsigned mask, T value, unsigned source, Site site) {
-  static_assert(std::is_trivially_copyable_v<T> && (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8));
+  static_assert(one_of<T, int, unsigned, long, unsigned long, long long, unsigned long long, float, double, __half,
+                       __half2, __nv_bfloat16, __nv_bfloat162>,
+                "CUDA shuffles no such type");
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
   bits = collective(Collective::shuffle, mask, bits, source, site);

@@ -7,7 +7,7 @@
 namespace shim {
 
 namespace {
-Thread* lanes_of_warp() { return machine.thread + running->linear / kLanes * kLanes; }
+Thread* lanes_of_warp() { return machine.thread + running->warp * kLanes; }
 
 bool same(const Thread& a, const Thread& b) {
   return a.state == State::at_collective && a.kind == b.kind && a.mask == b.mask && a.site == b.site;
@@ -42,11 +42,14 @@ uint64_t combine(Collective kind, uint64_t a, uint64_t b) {
 
 void set_results(Thread* lane, Collective kind, unsigned mask) {
   if (kind == Collective::sync) return;
-  if (kind == Collective::shuffle || kind == Collective::match) {
+  if (kind == Collective::shuffle) {
+    for_lanes(mask, [&](unsigned i) { lane[i].result = lane[lane[i].source].value; });
+    return;
+  }
+  if (kind == Collective::match) {
     for_lanes(mask, [&](unsigned i) {
-      uint64_t equal = 0;
-      for_lanes(mask, [&](unsigned j) { equal |= uint64_t(lane[i].value == lane[j].value) << j; });
-      lane[i].result = kind == Collective::shuffle ? lane[lane[i].source].value : equal;
+      lane[i].result = 0;
+      for_lanes(mask, [&](unsigned j) { lane[i].result |= uint64_t(lane[i].value == lane[j].value) << j; });
     });
     return;
   }
@@ -72,7 +75,7 @@ void share_knowledge(Warp& w, unsigned mask) {
 }
 
 void check_mask(Collective kind, unsigned mask, unsigned source, Site site) {
-  const unsigned lane = running->linear % kLanes, base = running->linear - lane;
+  const unsigned lane = running->lane, base = running->linear - lane;
   const unsigned existing = machine.threads - base >= kLanes ? ~0u : (1u << (machine.threads - base)) - 1;
   if (!(mask >> lane & 1)) fatal(site, format("lane %u calls a warp collective for the lanes %#x", lane, mask));
   if (mask & ~existing)
@@ -88,22 +91,21 @@ uint64_t collective(Collective kind, unsigned mask, uint64_t value, unsigned sou
   t.state = State::at_collective;
   t.kind = kind, t.mask = mask, t.value = value, t.source = source, t.site = site;
   Thread* const lane = lanes_of_warp();
-  bool all_here = true;
-  for_lanes(mask, [&](unsigned i) { all_here &= same(lane[i], t); });
-  if (!all_here) {
+  for (unsigned others = mask; others; others &= others - 1) {
+    if (same(lane[__builtin_ctz(others)], t)) continue;
     leave();
     return t.result;
   }
   set_results(lane, kind, mask);
-  share_knowledge(machine.warp[t.linear / kLanes], mask);
+  share_knowledge(machine.warp[t.warp], mask);
   for_lanes(mask, [&](unsigned i) { lane[i].state = State::ready; });
   return t.result;
 }
 
-unsigned lane() { return running->linear % kLanes; }
+unsigned lane() { return running->lane; }
 
 unsigned alive_lanes() {
-  const unsigned base = running->linear - lane();
+  const unsigned base = running->linear - running->lane;
   unsigned mask = 0;
   for (unsigned i = 0; i < kLanes && base + i < machine.threads; ++i)
     mask |= unsigned(machine.thread[base + i].state != State::returned) << i;

@@ -1,0 +1,93 @@
+#include "ordering.h"
+
+#include <algorithm>
+
+namespace shim {
+
+namespace {
+// The writes of a block that are released: those of epochs before `epoch`, and in it those that a thread made before
+// its own clock was at fenced[thread].
+struct Release {
+  uint32_t block_epoch, epoch = 0;
+  std::vector<uint32_t> fenced;
+};
+std::vector<Release> releases;  // of the blocks of this launch, in the order in which they ran
+Release fences;                 // of the running block, not yet followed by an atomic
+bool new_fence = false;
+uint32_t acquired_epoch = 0;  // of the block's first atomic
+
+bool released(const Side& s) {
+  const auto after = std::upper_bound(releases.begin(), releases.end(), s.epoch,
+                                      [](uint32_t epoch, const Release& r) { return epoch < r.block_epoch; });
+  if (after == releases.begin()) return false;
+  const Release& r = *std::prev(after);
+  if (s.epoch != r.epoch) return s.epoch < r.epoch;
+  for (uint32_t lanes = s.lanes; lanes; lanes &= lanes - 1)
+    if (r.fenced[s.warp * kLanes + static_cast<unsigned>(__builtin_ctz(lanes))] <= s.stamp) return false;
+  return true;
+}
+
+// Is an atomic of this block over before what the running thread does now?
+bool acquired() {
+  if (!acquired_epoch) return false;
+  if (acquired_epoch < machine.epoch || running->atomic_epoch == machine.epoch) return true;
+  const Thread* lane = machine.thread + running->warp * kLanes;
+  const auto& seen = machine.warp[running->warp].seen[running->lane];
+  for (unsigned u = 0; u < kLanes; ++u)
+    if (lane[u].atomic_epoch == machine.epoch && lane[u].atomic_stamp < seen[u]) return true;
+  return false;
+}
+
+std::string names(const Side& s) {
+  const uint32_t others = s.warp == running->warp ? s.lanes & ~(1u << running->lane) : s.lanes;
+  if (!others) return "a thread of another warp";
+  return thread_name(machine.thread[s.warp * kLanes + static_cast<unsigned>(__builtin_ctz(others))]);
+}
+}  // namespace
+
+Wrong wrong(const Side& s, Kind kind) {
+  if (s.atomic && kind == Kind::atomic) return Wrong::nothing;
+  if (s.epoch >= machine.block_epoch) {
+    if (kind == Kind::constant_read) return Wrong::constant;
+    if (!ordered(s)) return Wrong::race;
+    if (!s.more_blocks) return Wrong::nothing;
+  }
+  if (kind == Kind::read || kind == Kind::constant_read) return Wrong::other_block;
+  const bool over = acquired() && (s.atomic || s.more_blocks || released(s));
+  return over ? Wrong::nothing : Wrong::other_block_unordered;
+}
+
+std::string explain(Wrong w, const Side& s, bool written) {
+  if (w == Wrong::race)
+    return format("that %s by %s, with no barrier between", written ? "were written" : "were read", names(s).c_str());
+  if (w == Wrong::constant) return "that this launch wrote: __ldg is for what nobody writes";
+  const std::string other = format("that another block of this launch %s, ", written ? "wrote" : "read");
+  if (w == Wrong::other_block) return other + "not through __ldcg or an atomic";
+  return other + "with no __threadfence and atomic there and atomic and barrier here between";
+}
+
+void begin_launch_ordering() { releases.clear(); }
+
+void begin_block_ordering() {
+  acquired_epoch = 0;
+  fences = {machine.block_epoch, 0, {}};
+  new_fence = false;
+}
+
+void note_fence() {
+  if (fences.epoch != machine.epoch) fences.epoch = machine.epoch, fences.fenced.assign(machine.threads, 0);
+  Warp& w = machine.warp[running->warp];
+  fences.fenced[running->linear] = w.clock[running->lane] = ++w.counter;  // what follows is told from what was before
+  new_fence = true;
+}
+
+void note_atomic() {
+  if (!acquired_epoch) acquired_epoch = machine.epoch;
+  if (running->atomic_epoch != machine.epoch) running->atomic_epoch = machine.epoch, running->atomic_stamp = stamp();
+  if (!new_fence) return;
+  if (releases.empty() || releases.back().block_epoch != machine.block_epoch) releases.emplace_back();
+  releases.back() = fences;
+  new_fence = false;
+}
+
+}  // namespace shim

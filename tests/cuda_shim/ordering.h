@@ -1,0 +1,63 @@
+// Which accesses are over before which: what makes two accesses to the same byte a race.
+#pragma once
+
+#include "shadow.h"
+
+namespace shim {
+
+inline bool writes(Kind k) { return k == Kind::write || k == Kind::atomic; }
+inline uint32_t stamp() { return machine.warp[running->warp].clock[running->lane]; }
+
+// Are all accesses of a side over before what the running thread does now? In one block only: by a barrier, or by warp
+// collectives if they were made in the same warp.
+inline bool ordered(const Side& s) {
+  if (s.epoch < machine.epoch) return true;
+  if (s.more_warps || s.warp != running->warp) return false;
+  const auto& seen = machine.warp[running->warp].seen[running->lane];
+  for (uint32_t others = s.lanes & ~(1u << running->lane); others; others &= others - 1)
+    if (s.stamp >= seen[__builtin_ctz(others)]) return false;
+  return true;
+}
+
+// Adds an access of the running thread. oldest: the first epoch whose accesses matter.
+inline void add(Side& s, bool atomic, uint32_t oldest) {
+  const uint32_t bit = 1u << running->lane, now = stamp();
+  if (s.epoch == machine.epoch && s.atomic == atomic) {
+    const bool same_warp = s.warp == running->warp;
+    if (same_warp && (s.stamp == now || !ordered(s))) {
+      s.lanes |= bit, s.stamp = now;
+      return;
+    }
+    s.more_warps |= !same_warp;
+    s.warp = static_cast<uint8_t>(running->warp), s.lanes = bit, s.stamp = now;
+    return;
+  }
+  const bool more_blocks = s.epoch >= oldest && (s.epoch < machine.block_epoch || s.more_blocks);
+  s = {machine.epoch, now, bit, static_cast<uint8_t>(running->warp), false, more_blocks, atomic};
+}
+
+enum class Wrong { nothing, race, constant, other_block, other_block_unordered };
+// What is wrong between an access of the running thread and an earlier one.
+Wrong wrong(const Side& s, Kind kind);
+
+// What is wrong with an access to a cell, and with which side of it.
+inline Wrong wrong(const Cell& c, Kind kind, uint32_t oldest, const Side*& with) {
+  if (c.written.epoch >= oldest) {
+    with = &c.written;
+    if (const Wrong w = wrong(c.written, kind); w != Wrong::nothing) return w;
+  }
+  if (!writes(kind) || c.read.epoch < oldest) return Wrong::nothing;
+  with = &c.read;
+  return wrong(c.read, kind);
+}
+
+// What follows "reads 4 bytes of something".
+std::string explain(Wrong w, const Side& s, bool written);
+
+// Between blocks: a fence after the writes and then an atomic there, an atomic here.
+void begin_launch_ordering();
+void begin_block_ordering();
+void note_fence();
+void note_atomic();
+
+}  // namespace shim
