@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kMostCanvas = 1 << 20;     // bins or frames, as on the CPU: int and float32 hold any position
 constexpr int64_t kSharedBytes = 44 << 10;   // of a block: five of them on a multiprocessor of 228 KiB, three on 164
 constexpr int64_t kMostOfSmallBlock = 5120;  // values in shared memory; of more, 128 threads would leave warps idle
+constexpr int64_t kMostBankFrames = 1 << 27;  // so that eight rows are an int apart
 constexpr int64_t kMostBlocks = 0x7fffffff;
 
 // Most samples of an axis that `count` neighbouring outputs read: their distance, four taps, one because the first
@@ -77,6 +78,8 @@ Tensor augment(const Tensor& mel, const Tensor& bank, const Tensor& bank_lengths
   ATST_CHECK(canvas[0] <= kMostCanvas && canvas[1] <= kMostCanvas, op, ": canvas must be at most ", kMostCanvas,
              " either way");
   ATST_CHECK(slots == 0 || bank.size(1) == bins, op, ": bank must have the mel bins of mel");
+  ATST_CHECK(bank.size(2) <= kMostBankFrames, op, ": bank must have at most ", kMostBankFrames, " frames, got ",
+             bank.size(2));
 
   Tensor view = torch::stable::new_empty(mel, {clips, 1, bins, frames});
   AugmentArgs a{};

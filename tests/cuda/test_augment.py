@@ -212,6 +212,7 @@ ERRORS = [
     (1, torch.zeros(1, 7, 9), "bank must have the mel bins of mel"),
     (1, GOOD[1].half(), "bank has the wrong dtype"),
     (1, GOOD[1].transpose(1, 2).contiguous().transpose(1, 2), "bank must be contiguous"),
+    (1, torch.zeros(0, 8, 2**27 + 1), "bank must have at most 134217728 frames, got 134217729"),
     (2, GOOD[2].int(), "bank_lengths has the wrong dtype"),
     (2, torch.zeros(2).long(), "bank_lengths has the wrong number of values"),
     (3, torch.zeros(3).long(), "partner has the wrong number of values"),

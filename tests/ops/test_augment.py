@@ -95,6 +95,61 @@ def test_one_batch_is_the_same_as_clip_after_clip(isa):
     assert torch.equal(together.mels, alone.mels)
 
 
+def draw_clip_after_clip(shape, bank, generator, mixup_ratio, canvas_scale, freq_scale, time_scale):
+    """draw_augment as the official transforms are written, in Python numbers."""
+    clips, _, bins, frames = shape
+    canvas = (int(bins * canvas_scale[0]), int(frames * canvas_scale[1]))
+    partner, start, alpha, crop = [], [], [], []
+    between = lambda bounds, u: bounds[0] + (bounds[1] - bounds[0]) * u  # noqa: E731
+    for b, u in enumerate(torch.rand(clips, 7, dtype=torch.float64, generator=generator).tolist()):
+        who, width = -1, frames
+        if bank is not None and bank.count + b > 0:
+            number = bank.count + b - 1 - int(u[1] * min(bank.count + b, bank.capacity))
+            in_batch = number >= bank.count
+            who = bank.capacity + number - bank.count if in_batch else number % bank.capacity
+            width = frames if in_batch else int(bank.lengths[who])
+        box = (0, 0, *canvas)
+        if freq_scale is not None:
+            h = min(max(int(between(freq_scale, u[3]) * bins), 1), canvas[0])
+            w = min(max(int(between(time_scale, u[4]) * frames), 1), canvas[1])
+            box = (int(u[5] * (canvas[0] - h + 1)), int(u[6] * (canvas[1] - w + 1)), h, w)
+        partner.append(who)
+        start.append(int(u[2] * (abs(width - frames) + 1)))
+        alpha.append(mixup_ratio * u[0])
+        crop.append(box)
+    whole = [torch.tensor(x, dtype=torch.int64) for x in (partner, start)]
+    return [*whole, torch.tensor(alpha), torch.tensor(crop, dtype=torch.int64).reshape(clips, 4)], canvas
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    clips=st.integers(0, 40),
+    bins=st.integers(1, 130),
+    frames=st.integers(1, 1001),
+    capacity=st.integers(0, 30),
+    pushes=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 1500)), max_size=4),
+    scales=st.sampled_from([
+        {"canvas_scale": (1.0, 1.0), "freq_scale": (0.6, 1.5), "time_scale": (1.0, 1.0)},
+        {"canvas_scale": (1.0, 1.5), "freq_scale": (0.6, 1.5), "time_scale": (0.6, 1.5)},
+        {"canvas_scale": (1.3, 1.1), "freq_scale": None, "time_scale": (0.6, 1.5)},
+    ]),
+)  # fmt: skip
+def test_draws_are_those_of_the_loop_over_clips(seed, clips, bins, frames, capacity, pushes, scales):
+    """The same numbers from the same generator, which is then in the same state."""
+    bank = MemoryBank(capacity) if capacity else None
+    for n, width in pushes if bank else ():
+        bank.push(torch.zeros(1, 1, 1, 1).expand(n, 1, 1, width))
+    one, other = (torch.Generator().manual_seed(seed) for _ in range(2))
+    drawn = draw_augment((clips, 1, bins, frames), bank, one, mixup_ratio=0.4, **scales)
+    expected, canvas = draw_clip_after_clip((clips, 1, bins, frames), bank, other, 0.4, **scales)
+    assert drawn.canvas == canvas
+    for name, x, y in zip(drawn._fields, drawn, expected):
+        assert x.dtype == y.dtype, name
+        assert torch.equal(x, y), name
+    assert torch.equal(one.get_state(), other.get_state())
+
+
 def test_draws_have_the_official_distribution():
     generator = torch.Generator().manual_seed(1)
     bank = MemoryBank(50)
@@ -140,6 +195,36 @@ def test_bank_keeps_its_state():
     big = MemoryBank(2)
     big.push(torch.arange(5.0).reshape(5, 1, 1, 1))
     assert big.mels.flatten().tolist() == [4.0, 3.0]  # clip number n in slot n % 2
+
+
+def test_a_bank_counts_in_a_tensor_of_its_own():
+    """A CUDA graph that pushes counts in the memory that it was captured with."""
+    bank = MemoryBank(3)
+    pushed, lengths = bank.pushed, bank.lengths
+    for _ in range(2):
+        bank.push(torch.zeros(2, 1, 4, 5))
+        assert (bank.pushed is pushed, bank.lengths is lengths) == (True, True)
+    assert pushed.tolist() == bank.count == bank.state_dict()["count"] == 4
+    assert type(bank.count) is type(bank.state_dict()["count"]) is int
+    assert bank.device == torch.device("cpu")
+    assert bank.to("cpu") is bank
+
+
+def test_a_loaded_bank_forgets_what_it_held():
+    bank = MemoryBank(3)
+    bank.push(torch.zeros(3, 1, 4, 5))
+    fresh = MemoryBank(3)
+    fresh.push(torch.zeros(1, 1, 4, 5))
+    bank.load_state_dict(fresh.state_dict())
+    assert bank.lengths.tolist() == [5, 0, 0]
+
+
+def test_a_slot_of_an_empty_bank_is_refused():
+    args = (MEL.new_empty(2, 8, 0), torch.zeros(2, dtype=torch.int64), *draws(2, 8, 9, partner=1)[:4], [8, 9])
+    with pytest.raises(RuntimeError, match="augment: bank_lengths out of range"):
+        torch.ops.atst_fast.augment(MEL, *args)
+    with pytest.raises(ValueError, match=r"draws.partner\[0\] must be -1, a filled slot .* got 1"):
+        view(MEL, draws(2, 8, 9, partner=1), MemoryBank(2))
 
 
 def test_without_draws_the_view_is_the_mel_itself():

@@ -118,5 +118,26 @@ def test_state_of_another_front_end_is_refused():
         FrontEnd(bank_size=9).load_state_dict(full.state_dict())
 
 
+def test_the_state_of_an_older_version_is_read():
+    """It had one generator, and counted in Python."""
+    one, other = FrontEnd(bank_size=5, seed=7), FrontEnd(bank_size=5, seed=1)
+    list(batches(one, 2))
+    state = one.state_dict()
+    del state["_extra_state"]["device_generator"]
+    assert type(state["_extra_state"]["banks"][1]["count"]) is int
+    other.load_state_dict(state)
+    for a, b in zip(batches(one, 2, seed=9), batches(other, 2, seed=9)):
+        assert_same(a, b)
+
+
+def test_the_random_state_of_another_kind_of_device_is_refused():
+    state = FrontEnd().state_dict()
+    with pytest.raises(ValueError, match="FrontEnd: the state was saved on cpu and this front end is on meta: the ran"):
+        FrontEnd().to("meta").load_state_dict(state)
+    state["_extra_state"]["device_generator"] = torch.zeros(16, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="FrontEnd: the state was saved on a GPU and this front end is on cpu"):
+        FrontEnd().load_state_dict(state)
+
+
 def test_no_gradient_is_kept():
     assert not front_end.FrontEnd()(torch.randn(1, 2000, requires_grad=True)).view2.requires_grad
