@@ -7,9 +7,9 @@
 namespace atst {
 namespace {
 
-constexpr int64_t kMostCanvas = 1 << 20;     // bins or frames, as on the CPU: int and float32 hold any position
-constexpr int64_t kSharedBytes = 44 << 10;   // of a block: five of them on a multiprocessor of 228 KiB, three on 164
-constexpr int64_t kMostOfSmallBlock = 5120;  // values in shared memory; of more, 128 threads would leave warps idle
+constexpr int64_t kMostCanvas = 1 << 20;      // bins or frames, as on the CPU: int and float32 hold any position
+constexpr int64_t kSharedBytes = 44 << 10;    // of a block: five of them on a multiprocessor of 228 KiB, three on 164
+constexpr int64_t kMostOfSmallBlock = 5120;   // values in shared memory; of more, 128 threads would leave warps idle
 constexpr int64_t kMostBankFrames = 1 << 27;  // so that eight rows are an int apart
 constexpr int64_t kMostBlocks = 0x7fffffff;
 

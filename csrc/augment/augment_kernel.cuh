@@ -7,18 +7,20 @@
 //   3. the view's rows are made from four rows each, or are those rows if the crop is as high as the view
 // A warp owns every warps-th row, its lanes neighbouring columns: a global access is 128 consecutive bytes, a shared
 // one has no bank conflict, and no barrier is needed between 1 and 2. Rows of 1001 frames start at any multiple of 4
-// bytes, so a lane's accesses are 4 bytes wide; what keeps memory busy is that each thread has 2 * kAugmentBatch of
-// them in flight. Taps are computed once per row and column of the tile. Every element is written by one thread in one
-// order, so the bits do not depend on how blocks are scheduled.
+// bytes, so a lane's accesses are 4 bytes wide; what keeps memory busy is that each thread has eight in flight. Taps
+// are computed once per row and column of the tile. Every element is written by one thread in one order, so the bits do
+// not depend on how blocks are scheduled.
 //
 // Grid: one block per tile, tiles of a clip next to each other, so that sectors which two tiles share meet in the L2
 // cache. Where all bins fit into a tile (they do for 64 and 128) a value is read and mixed once in the whole view.
 //
 // Floor: clip and partner are read, the view is written: 12 bytes a value, 26 us for 144 clips of 64 x 1001 at
-// 4.3 TB/s. Some 60 instructions a value (half of them step 1, a third step 3) are 18 us of an H200's issue slots:
-// memory bounds it, with a margin that needs many blocks in flight. Not measured.
-// __expf and __logf: 3 ulp each for arguments and results between -1.5 and 1.5, 7e-7 in sum, times 1.4 per resampled
-// axis, is within the 2e-6 of the operator; expf and logf would double the instructions of step 1.
+// 4.3 TB/s. Instructions, counted in the machine code for a full tile of 64 bins: 26 a value in step 1, 18 in step 3,
+// 10 for plan, taps and loops, which is 17 us of an H200's issue slots (shared memory 12 us, exp2 and log2 units 8 us):
+// memory bounds it. Five blocks of 256 threads or ten of 128 with 8 loads of a thread in flight are 40 KiB on the way
+// to a multiprocessor, half as much again as 4.3 TB/s and 800 ns ask for. Times: not measured.
+// Numbers: __expf and __logf, 3 ulp each for arguments and results between -1.5 and 1.5, 7e-7 in sum, times 1.4 per
+// resampled axis, stay within the operator's 2e-6; expf and logf would make step 1 twice as long.
 #pragma once
 
 #include <cmath>
@@ -55,6 +57,15 @@ namespace {
 // Samples of an axis.
 struct Span {
   int first, count;
+
+  __device__ int end() const { return first + count; }
+
+  // What of [begin, end) lies in this span, counted from its first sample.
+  __device__ Span part(int begin, int end) const {
+    begin = begin < first ? 0 : begin - first < count ? begin - first : count;
+    end = end - first < count ? end - first : count;
+    return {begin, end > begin ? end - begin : 0};
+  }
 };
 
 struct __align__(16) Taps {
@@ -106,18 +117,18 @@ struct __align__(16) AugmentPlan {
   int bin, frame;    // of the view, where the tile begins
   int bins, frames;  // of the tile
   Axis vertical, horizontal;
-  Span rows, columns;      // of the crop, that the tile reads
-  int mel_bin, mel_frame;  // of the clip, where those begin
-  bool mixed, banked;      // has a partner, which is in the bank
-  int64_t partner;         // where it begins in bank or mel
-  int64_t partner_stride;  // of its rows
-  int from, to;            // frames [from, to) of the clip meet the same frames + shift of the partner
-  int64_t shift;
+  Span rows, columns;                // of the crop, that the tile reads; what follows counts from their first ones
+  Span rows_within, columns_within;  // the clip; the rest of the canvas is 0
+  Span columns_met;                  // by the partner; empty without one
+  int64_t source;                    // where row 0, column 0 would lie in mel
+  int64_t partner;                   // and in what the partner is read from, the bank if it is banked, or mel
+  int64_t partner_stride;            // from row to row
+  bool mixed, banked;
   float alpha;
 };
 
-// The clip's draws, into the plan. False if one is out of range: they may have been made on the device, where the host
-// does not look at them.
+// Fills in the plan but for the tile's place. False if a draw of the clip is out of range: they may have been made on
+// the device, where the host does not look at them.
 __device__ inline bool plan_source(const AugmentArgs& a, AugmentPlan& p) {
   const int64_t* box = a.crop + 4 * p.clip;
   const int64_t i = box[0], j = box[1], h = box[2], w = box[3], who = a.partner[p.clip], start = a.start[p.clip];
@@ -127,21 +138,27 @@ __device__ inline bool plan_source(const AugmentArgs& a, AugmentPlan& p) {
   if (!cut || who < -1 || who >= a.slots + a.clips) return false;
   p.vertical = make_axis(int(h), a.bins);
   p.horizontal = make_axis(int(w), a.frames);
-  p.mel_bin = int(i) - (a.canvas_bins - a.bins) / 2;
-  p.mel_frame = int(j) - (a.canvas_frames - a.frames) / 2;
+  p.rows = p.vertical.span(p.bin, p.bins);
+  p.columns = p.horizontal.span(p.frame, p.frames);
+  const int top = (a.canvas_bins - a.bins) / 2 - int(i), left = (a.canvas_frames - a.frames) / 2 - int(j);
+  p.rows_within = p.rows.part(top, top + a.bins);
+  p.columns_within = p.columns.part(left, left + a.frames);
+  const int64_t bin = p.rows.first - top, frame = p.columns.first - left;
+  p.source = (p.clip * a.bins + bin) * a.frames + frame;
+
   p.mixed = who >= 0;
   p.banked = p.mixed && who < a.slots;
-  p.from = p.to = 0;
+  p.columns_met = {0, 0};
+  p.partner = p.partner_stride = 0;
   if (!p.mixed) return true;
   const int64_t width = p.banked ? a.bank_lengths[who] : a.frames;
   if (width < 1 || (p.banked && width > a.bank_frames)) return false;
   const bool shorter = width < a.frames;
   if (start < 0 || start > (shorter ? a.frames - width : width - a.frames)) return false;
+  const int from = shorter ? int(start) : 0, to = shorter ? int(start + width) : a.frames;
+  p.columns_met = p.columns.part(left + from, left + to);
   p.partner_stride = p.banked ? a.bank_frames : a.frames;
-  p.partner = (p.banked ? who : who - a.slots) * a.bins * p.partner_stride;
-  p.shift = shorter ? -start : start;
-  p.from = shorter ? int(start) : 0;
-  p.to = shorter ? int(start + width) : a.frames;
+  p.partner = ((p.banked ? who : who - a.slots) * a.bins + bin) * p.partner_stride + frame + (shorter ? -start : start);
   return true;
 }
 
@@ -153,11 +170,6 @@ __device__ inline void plan_tile(const AugmentArgs& a, AugmentPlan& p) {
   p.bins = a.bins - p.bin < a.tile.bins ? a.bins - p.bin : a.tile.bins;
   p.frames = a.frames - p.frame < a.tile.frames ? a.frames - p.frame : a.tile.frames;
   p.valid = plan_source(a, p);
-  if (!p.valid) return;
-  p.rows = p.vertical.span(p.bin, p.bins);
-  p.columns = p.horizontal.span(p.frame, p.frames);
-  p.mel_bin += p.rows.first;
-  p.mel_frame += p.columns.first;
 }
 
 // Two columns, 32 apart, of a clip and its partner on their way into shared memory, for the rows of one warp.
@@ -166,74 +178,77 @@ struct Columns {
   const float* z;
   float* out;
   int x_step, z_step, out_step;  // from row to row
-  bool within[2], met[2];        // columns of the clip; with a partner
-  float alpha[2];
+  float alpha;
+  bool within[2], met[2];  // columns of the clip; with a partner
 
-  // The next kRows rows. All are loaded before one is mixed.
-  template <bool kMixed, int kRows>
+  // The next kRows rows. All are loaded before one is mixed. kWhole: the partner meets both columns of every lane.
+  template <bool kMixed, bool kWhole, int kRows>
   __device__ __forceinline__ void mix() {
     float own[kRows][2], other[kRows][2];
 #pragma unroll
     for (int r = 0; r < kRows; ++r, x += x_step, z += kMixed ? z_step : 0) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        own[r][k] = within[k] ? x[32 * k] : 0.0f;
-        if constexpr (kMixed) other[r][k] = met[k] ? z[32 * k] : 0.0f;
+        own[r][k] = kWhole || within[k] ? x[32 * k] : 0.0f;
+        if constexpr (kMixed) other[r][k] = kWhole || met[k] ? z[32 * k] : 0.0f;
       }
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r, out += out_step) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        float value = own[r][k];
         constexpr float kEps = 1.1920929e-07f;
-        if constexpr (kMixed)
-          value = __logf(__expf(value) * (1.0f - alpha[k]) + (__expf(other[r][k]) * alpha[k] + kEps));
-        if (within[k]) out[32 * k] = value;
+        float value = own[r][k];
+        if constexpr (kMixed) {
+          const float weight = kWhole || met[k] ? alpha : 0.0f;
+          value = __logf(__expf(value) * (1.0f - weight) + (__expf(other[r][k]) * weight + kEps));
+        }
+        if (kWhole || within[k]) out[32 * k] = value;
       }
     }
   }
 
-  template <bool kMixed>
+  template <bool kMixed, bool kWhole>
   __device__ __forceinline__ void mix(int row, int end, int warps) {
-    for (; row + (kAugmentBatch - 1) * warps < end; row += kAugmentBatch * warps) mix<kMixed, kAugmentBatch>();
-    for (; row < end; row += warps) mix<kMixed, 1>();
+    for (; row + (kAugmentBatch - 1) * warps < end; row += kAugmentBatch * warps) mix<kMixed, kWhole, kAugmentBatch>();
+    for (; row < end; row += warps) mix<kMixed, kWhole, 1>();
   }
 };
 
 // Step 1.
 __device__ __forceinline__ void mix_rows(const AugmentArgs& a, const AugmentPlan& p, float* rows) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, stride = a.tile.stride;
-  const int count = p.rows.count, columns = p.columns.count, mel_bin = p.mel_bin;
-  const int begin = mel_bin < 0 ? -mel_bin : 0, end = a.bins - mel_bin < count ? a.bins - mel_bin : count;
-  const bool mixed = p.mixed;
-  int first = warp;  // row of this warp that lies in the clip; the rest of the canvas is 0
-  while (first < begin) first += warps;
-  for (int column = lane; column < columns; column += 64) {
-    const int frame = p.mel_frame + column;
-    Columns c;
+  const Span within = p.columns_within, met = p.columns_met;
+  const int count = p.rows.count, columns = p.columns.count, begin = p.rows_within.first, end = p.rows_within.end();
+  if (p.rows_within.count < count || within.count < columns) {
+    for (int row = warp; row < count; row += warps) {
+#pragma unroll 1
+      for (int column = lane; column < columns; column += 32) rows[row * stride + column] = 0.0f;
+    }
+  }
+  int row = warp;  // the first of this warp's rows that lies in the clip
+  while (row < begin) row += warps;
+  const int64_t x = p.source + int64_t(row) * a.frames + lane, z = p.partner + row * p.partner_stride + lane;
+  for (int base = 0; base < columns; base += 64) {
+    Columns c{a.mel + (x + base), (p.banked ? a.bank : a.mel) + (z + base), rows + row * stride + base + lane};
+    c.x_step = warps * a.frames;
+    c.z_step = warps * int(p.partner_stride);
+    c.out_step = warps * stride;
+    c.alpha = p.alpha;
+    if (met.first <= base && base + 64 <= met.end()) {
+      c.mix<true, true>(row, end, warps);
+      continue;
+    }
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const int at = frame + 32 * k;
-      const bool there = column + 32 * k < columns;
-      c.within[k] = there && at >= 0 && at < a.frames;
-      c.met[k] = c.within[k] && at >= p.from && at < p.to;
-      c.alpha[k] = c.met[k] ? p.alpha : 0.0f;
-      if (there && (!c.within[k] || begin > 0 || end < count)) {
-        for (int row = warp; row < count; row += warps) rows[row * stride + column + 32 * k] = 0.0f;
-      }
+      const int column = base + lane + 32 * k;
+      c.within[k] = column >= within.first && column < within.end();
+      c.met[k] = column >= met.first && column < met.end();
     }
-    if (first >= end) continue;
-    c.x = a.mel + ((p.clip * a.bins + mel_bin + first) * a.frames + frame);
-    c.x_step = warps * a.frames;
-    c.out = rows + first * stride + column;
-    c.out_step = warps * stride;
-    if (mixed) {
-      c.z = (p.banked ? a.bank : a.mel) + (p.partner + (mel_bin + first) * p.partner_stride + p.shift + frame);
-      c.z_step = warps * int(p.partner_stride);
-      c.mix<true>(first, end, warps);
+    if (p.mixed) {
+      c.mix<true, false>(row, end, warps);
     } else {
-      c.mix<false>(first, end, warps);
+      c.mix<false, false>(row, end, warps);
     }
   }
 }
@@ -272,23 +287,26 @@ __device__ __forceinline__ void write_view(const AugmentPlan& p, const Taps* tap
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int bins = p.bins, frames = p.frames;
   const bool resampled = p.vertical.resampled();
-  const float* column = rows + lane;
+  const char* column = reinterpret_cast<const char*>(rows + lane);
   float* out = view + int64_t(warp) * pitch + lane;
   for (int bin = warp; bin < bins; bin += warps, out += int64_t(warps) * pitch) {
     const Taps t = taps[bin];
-    const float *q0 = column + t.at[0], *q1 = column + t.at[1], *q2 = column + t.at[2], *q3 = column + t.at[3];
+    const float* q[4];
+    for (int i = 0; i < 4; ++i) q[i] = reinterpret_cast<const float*>(column + t.at[i]);
 #pragma unroll
     for (int k = 0; k < kAugmentFrames; k += 32) {
       if (lane + k >= frames) break;
-      float value = q1[k];
-      if (resampled) value = q0[k] * t.weight[0] + value * t.weight[1] + q2[k] * t.weight[2] + q3[k] * t.weight[3];
+      float value = q[1][k];
+      if (resampled) {
+        value = q[0][k] * t.weight[0] + value * t.weight[1] + q[2][k] * t.weight[2] + q[3][k] * t.weight[3];
+      }
       out[k] = value;
     }
   }
 }
 
 // Shared memory: the plan, the taps of the tile's bins, the rows.
-__global__ void __launch_bounds__(256, 6) augment_kernel(const AugmentArgs a) {
+__global__ void __launch_bounds__(256, 5) augment_kernel(const AugmentArgs a) {
   AugmentPlan& p = *shared_memory<AugmentPlan>();
   Taps* taps = reinterpret_cast<Taps*>(&p + 1);
   float* rows = reinterpret_cast<float*>(taps + a.tile.bins);
@@ -302,7 +320,7 @@ __global__ void __launch_bounds__(256, 6) augment_kernel(const AugmentArgs a) {
     return;
   }
   for (int i = threadIdx.x; i < p.bins; i += blockDim.x) {
-    taps[i] = p.vertical.taps(p.bin + i, p.rows.first, a.tile.stride);
+    taps[i] = p.vertical.taps(p.bin + i, p.rows.first, a.tile.stride * sizeof(float));
   }
   mix_rows(a, p, rows);
   if (p.horizontal.resampled()) resample_frames(p, a.tile.stride, rows);
