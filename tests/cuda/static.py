@@ -128,6 +128,11 @@ def known_archs() -> tuple[int, ...]:
 
 
 @cache
+def nvcc_version() -> str:
+    return _run(nvcc(), "--version")
+
+
+@cache
 def flags() -> tuple[str, ...]:
     """nvcc's flags as setup.py gives them to the build."""
     spec = importlib.util.spec_from_file_location("atst_fast_setup", ROOT / "setup.py")
@@ -161,7 +166,7 @@ def _fingerprint(source: Path) -> str:
     headers = sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])
     for path in [source, *headers, Path(__file__)]:
         digest.update(path.read_bytes())
-    digest.update("\n".join([*flags(), _run(nvcc(), "--version"), cuobjdump() or ""]).encode())
+    digest.update("\n".join([*flags(), nvcc_version(), cuobjdump() or ""]).encode())
     return digest.hexdigest()[:16]
 
 
