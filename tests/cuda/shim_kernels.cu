@@ -35,15 +35,16 @@ __global__ void transpose(const float4* x, float4* out) {  // 32 x 32 per block
   out[blockIdx.x * 256 + threadIdx.x] = make_float4(at(0), at(1), at(2), at(3));
 }
 
-enum Last { kRight, kRightInOneWarp, kNoFence, kFenceFirst, kPlainRead, kNoBarrierHere };
+enum Last { kRight, kRightInOneWarp, kRightOfOtherLane, kNoFence, kFenceFirst, kPlainRead, kNoBarrierHere };
 
 __global__ void last_block_sums(const float* x, float* partial, unsigned* done, float* out, Last how) {
   bool* shared = shared_memory<bool>();
   const float sum = warp_sum(x[blockIdx.x * 32 + threadIdx.x]);
   bool last = false;
+  if (how == kFenceFirst) __threadfence();
+  if (threadIdx.x == (how == kRightOfOtherLane ? 5 : 0)) partial[blockIdx.x] = sum;
+  if (how == kRightOfOtherLane) __syncwarp();
   if (threadIdx.x == 0) {
-    if (how == kFenceFirst) __threadfence();
-    partial[blockIdx.x] = sum;
     if (how != kNoFence && how != kFenceFirst) __threadfence();
     last = atomicAdd(done, 1) == gridDim.x - 1;
     *shared = last;

@@ -8,48 +8,39 @@ constexpr unsigned kAll = 0xffffffffu;
 
 __device__ int thread() { return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
 
-template <class Raw2, class Two, class Wide>
-__global__ void widen(const Raw2* x, float2* y, Wide wide, int pairs) {
+__device__ float2 wide(__nv_bfloat162 v) { return __bfloat1622float2(v); }
+__device__ float2 wide(__half2 v) { return make_float2(__half2float(v.x), __half2float(v.y)); }
+__device__ void set(__nv_bfloat162_raw* y, float2 v) { *y = __float22bfloat162_rn(v); }
+__device__ void set(__half2_raw* y, float2 v) { *y = __halves2half2(__float2half_rn(v.x), __float2half_rn(v.y)); }
+
+template <class Two, class Raw2>
+__global__ void widen(const Raw2* x, float2* y, int pairs) {
   if (thread() < pairs) y[thread()] = wide(Two(x[thread()]));
 }
 
-template <class Raw2, class Narrow>
-__global__ void narrow(const float2* x, Raw2* y, Narrow to, int pairs) {
-  if (thread() < pairs) y[thread()] = to(x[thread()]);
+template <class Raw2>
+__global__ void narrow(const float2* x, Raw2* y, int pairs) {
+  if (thread() < pairs) set(y + thread(), x[thread()]);
 }
 
 unsigned blocks(int64_t threads) { return static_cast<unsigned>((threads + 255) / 256); }
 
 // pairs of bfloat16 or half as bits <-> pairs of float
-Tensor to_float(const Tensor& x, bool bfloat16) {
+template <class Two, class Raw2>
+Tensor to_float(const Tensor& x) {
   const Call call("to_float", x);
   const Tensor y = torch::stable::new_empty(x, {x.numel()}, ScalarType::Float);
   const int pairs = static_cast<int>(x.numel() / 2);
-  if (bfloat16) {
-    const auto f = [](__nv_bfloat162 v) { return __bfloat1622float2(v); };
-    call.launch(widen<__nv_bfloat162_raw, __nv_bfloat162, decltype(f)>, blocks(pairs), 256, 0,
-                call.in<__nv_bfloat162_raw>(x), call.out<float2>(y), f, pairs);
-  } else {
-    const auto f = [](__half2 v) { return make_float2(__half2float(v.x), __half2float(v.y)); };
-    call.launch(widen<__half2_raw, __half2, decltype(f)>, blocks(pairs), 256, 0, call.in<__half2_raw>(x),
-                call.out<float2>(y), f, pairs);
-  }
+  call.launch(widen<Two, Raw2>, blocks(pairs), 256, 0, call.in<Raw2>(x), call.out<float2>(y), pairs);
   return y;
 }
 
-Tensor from_float(const Tensor& x, bool bfloat16) {
+template <class Raw2>
+Tensor from_float(const Tensor& x) {
   const Call call("from_float", x);
   const Tensor y = torch::stable::new_empty(x, {x.numel()}, ScalarType::Short);
   const int pairs = static_cast<int>(x.numel() / 2);
-  if (bfloat16) {
-    const auto f = [](float2 v) { return __nv_bfloat162_raw(__float22bfloat162_rn(v)); };
-    call.launch(narrow<__nv_bfloat162_raw, decltype(f)>, blocks(pairs), 256, 0, call.in<float2>(x),
-                call.out<__nv_bfloat162_raw>(y), f, pairs);
-  } else {
-    const auto f = [](float2 v) { return __half2_raw(__halves2half2(__float2half_rn(v.x), __float2half_rn(v.y))); };
-    call.launch(narrow<__half2_raw, decltype(f)>, blocks(pairs), 256, 0, call.in<float2>(x), call.out<__half2_raw>(y),
-                f, pairs);
-  }
+  call.launch(narrow<Raw2>, blocks(pairs), 256, 0, call.in<float2>(x), call.out<Raw2>(y), pairs);
   return y;
 }
 
@@ -139,15 +130,19 @@ Tensor run_roundings(const Tensor& x) {
 }
 
 STABLE_TORCH_LIBRARY(atst_shim_numbers, m) {
-  m.def("to_float(Tensor x, bool bfloat16) -> Tensor");
-  m.def("from_float(Tensor x, bool bfloat16) -> Tensor");
+  m.def("from_bfloat16(Tensor x) -> Tensor");
+  m.def("from_half(Tensor x) -> Tensor");
+  m.def("to_bfloat16(Tensor x) -> Tensor");
+  m.def("to_half(Tensor x) -> Tensor");
   m.def("collectives(Tensor x) -> Tensor");
   m.def("integers(Tensor x) -> Tensor");
   m.def("roundings(Tensor x) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(atst_shim_numbers, CPU, m) {
-  m.impl("to_float", TORCH_BOX(&to_float));
-  m.impl("from_float", TORCH_BOX(&from_float));
+  m.impl("from_bfloat16", TORCH_BOX((&to_float<__nv_bfloat162, __nv_bfloat162_raw>)));
+  m.impl("from_half", TORCH_BOX((&to_float<__half2, __half2_raw>)));
+  m.impl("to_bfloat16", TORCH_BOX(&from_float<__nv_bfloat162_raw>));
+  m.impl("to_half", TORCH_BOX(&from_float<__half2_raw>));
   m.impl("collectives", TORCH_BOX(&run_collectives));
   m.impl("integers", TORCH_BOX(&run_integers));
   m.impl("roundings", TORCH_BOX(&run_roundings));

@@ -80,7 +80,7 @@ def test_right_kernels_pass(kernels):
     assert torch.equal(kernels.transpose(x), x.mT)
 
 
-@pytest.mark.parametrize("how", ["kRight", "kRightInOneWarp"])
+@pytest.mark.parametrize("how", ["kRight", "kRightInOneWarp", "kRightOfOtherLane"])
 def test_the_last_block_may_read_what_others_wrote(kernels, how):
     x = torch.randn(50, 32)
     got = kernels.last_block_sums(x, cases("Last").index(how))

@@ -5,8 +5,8 @@
 namespace shim {
 
 namespace {
-// The writes of a block that are released: those of epochs before `epoch`, and in it those that a thread made before
-// its own clock was at fenced[thread].
+// The writes of a block that fences cover: those of epochs before `epoch`, and in it those that a thread made before
+// its clock was at fenced[thread].
 struct Release {
   uint32_t block_epoch, epoch = 0;
   std::vector<uint32_t> fenced;
@@ -77,7 +77,10 @@ void begin_block_ordering() {
 void note_fence() {
   if (fences.epoch != machine.epoch) fences.epoch = machine.epoch, fences.fenced.assign(machine.threads, 0);
   Warp& w = machine.warp[running->warp];
-  fences.fenced[running->linear] = w.clock[running->lane] = ++w.counter;  // what follows is told from what was before
+  uint32_t* fenced = fences.fenced.data() + running->warp * kLanes;
+  const unsigned lanes = std::min(kLanes, machine.threads - running->warp * kLanes);
+  for (unsigned u = 0; u < lanes; ++u) fenced[u] = std::max(fenced[u], w.seen[running->lane][u]);
+  fenced[running->lane] = w.clock[running->lane] = ++w.counter;  // what follows is told from what was before
   new_fence = true;
 }
 
