@@ -12,7 +12,8 @@
 // not depend on how blocks are scheduled.
 //
 // Grid: one block per tile, tiles of a clip next to each other, so that sectors which two tiles share meet in the L2
-// cache. Where all bins fit into a tile (they do for 64 and 128) a value is read and mixed once in the whole view.
+// cache. Where all bins fit into a tile (64 do, and 128 on a canvas no wider than the view) a value is read and mixed
+// once in the whole view, but for five columns next to a tile that is resampled in time.
 //
 // Floor: clip and partner are read, the view is written: 12 bytes a value, 26 us for 144 clips of 64 x 1001 at
 // 4.3 TB/s. Instructions, counted in the machine code for a full tile of 64 bins: 26 a value in step 1, 18 in step 3,
