@@ -11,6 +11,10 @@ from atst_fast.ops import _checks
 from atst_fast.ops import ema as _ops
 
 _OP = "AdamWEMA"
+_NAMES = ("lr", "weight_decay", "beta1", "beta2", "eps")
+_TOO_EARLY = f"{_OP}: a step must be taken before one is captured in a CUDA graph: groups or gradients are new"
+_Row = list[float | Tensor]
+_UNREAD: _Row = [0.0] * len(_NAMES)  # of tensors that are only averaged
 _List = list[Tensor]
 _Lists = tuple[_List, _List, _List, _List, _List, _List, _List, _List]  # as ops.ema.adamw_ema_ takes them
 
@@ -34,7 +38,8 @@ class AdamWEMA(torch.optim.Optimizer):
 
     Args:
         params: parameters or parameter groups, as for any torch optimizer: float32, contiguous.
-        lr, betas, eps, weight_decay: per group; may be changed between steps; tensors of one value will do.
+        lr, betas, eps, weight_decay: per group; may be changed between steps; tensors of one value will do, also on the
+            parameters' device.
         form: where epsilon and the decay enter.
             ``"torch"`` is torch.optim.AdamW: ``p -= lr * wd * p`` first, then
             ``p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)``.
@@ -48,7 +53,8 @@ class AdamWEMA(torch.optim.Optimizer):
         max_grad_norm: scale the gradients so that the norm of all of them together is at most this (one more reading
             pass; ``p.grad`` itself is left as it is). The last norm is ``optimizer.grad_norm``.
         shadows: bfloat16 copies to keep: a mapping from parameter or teacher tensor to a contiguous bfloat16 tensor of
-            its shape, which each step overwrites with the new value.
+            its shape, which each step overwrites with the new value. A parameter without ``.grad`` takes that of its
+            shadow, so that the copy can be what is trained in bfloat16; ``zero_grad`` clears both.
 
     A parameter without gradient gets no AdamW step and keeps its state, but its teacher still moves, as in the
     official loop. The state has the keys of torch.optim.AdamW (``step``, ``exp_avg``, ``exp_avg_sq``), whose state
@@ -57,7 +63,15 @@ class AdamWEMA(torch.optim.Optimizer):
     One step is within ``4 * 2^-23`` (relative, ``exp_avg`` and ``exp_avg_sq``; for ``p`` relative to the size of the
     terms it is the sum of) of the same step in float64. Bits do not depend on the number of threads.
 
-    Raises ValueError or TypeError with the argument's name, what was expected and what came.
+    On a GPU a step is one kernel (with clipping, two and what computes the factor), and nothing in it waits for the
+    GPU; ``grad_norm``, the steps in the state and the table that the kernel reads lr, betas, eps, weight_decay and
+    momentum from stay there. What is given there as a tensor cannot be checked: out of range, it makes what it would
+    change NaN. A step can be captured in a CUDA graph after one has been taken; a replay uses what ``refresh`` wrote
+    last, and lr and the like that are tensors on the GPU as they are at its time. A ``grad_scale`` that is a number is
+    the graph's for good.
+
+    Raises ValueError or TypeError with the argument's name, what was expected and what came; RuntimeError where a CUDA
+    graph would capture what has to happen before.
     """
 
     def __init__(
@@ -81,6 +95,7 @@ class AdamWEMA(torch.optim.Optimizer):
         _ops.momentum_tensor(_OP, momentum)
         self.form, self.momentum, self.max_grad_norm = form, momentum, max_grad_norm
         self.grad_norm: Tensor | None = None
+        self._numbers = _Numbers()
         self._teacher: dict[Tensor, Tensor] = {}
         self._shadows: dict[Tensor, Tensor] = {}
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
@@ -135,6 +150,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._numbers = _Numbers()
         self._index()
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,9 +178,28 @@ class AdamWEMA(torch.optim.Optimizer):
         if "momentum" in state_dict:
             self.momentum = state_dict["momentum"]
         for p, state in self.state.items():
-            state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
+            state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=p.device)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = state[name].to(p.dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the parameters and of their bfloat16 copies; see torch.optim.Optimizer.zero_grad."""
+        super().zero_grad(set_to_none)
+        for shadow in self._student_shadows.values():
+            if shadow.grad is not None:
+                shadow.grad = None if set_to_none else shadow.grad.detach().zero_()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Write lr, weight_decay, betas, eps and momentum as they are now to where a step on a GPU reads them.
+
+        ``step`` does so itself, except in a CUDA graph: call this before a replay when one of them has changed, on the
+        stream of the replay. Nobody waits for the GPU. Does nothing for parameters on the CPU.
+        """
+        first = next((p for group in self.param_groups for p in group["params"]), None)
+        if first is not None and _on_gpu(first.device):
+            rows = [_hyper(group, i) for i, group in enumerate(self.param_groups)]
+            self._device_numbers(first.device, rows, _ops.momentum_tensor(_OP, self.momentum))
 
     @torch.no_grad()
     def step(
@@ -178,35 +213,51 @@ class AdamWEMA(torch.optim.Optimizer):
 
         ``closure`` evaluates the loss again and returns it, as in torch; ``momentum`` is used in place of
         ``self.momentum`` this once; the gradients are multiplied by ``grad_scale`` before anything else (and before
-        their norm is compared with ``max_grad_norm``).
+        their norm is compared with ``max_grad_norm``). Both may be tensors of one value on the parameters' device.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         m = _ops.momentum_tensor(_OP, self.momentum if momentum is None else momentum)
-        hyper = [_hyper(group, i) for i, group in enumerate(self.param_groups)]
+        rows = [_hyper(group, i) for i, group in enumerate(self.param_groups)]
         lists, grads = self._lists()
         sizes = [len(group["params"]) for group in self.param_groups]
-        if len(lists[0]) > sum(sizes):  # what is only averaged: a group whose hyper-parameters nobody reads
-            sizes.append(len(lists[0]) - sum(sizes))
-            hyper.append([0.0] * 5)
+        sizes.append(len(lists[0]) - sum(sizes))  # what is only averaged: a group whose hyper-parameters nobody reads
         scale = self._scale(grads, grad_scale)
-        if lists[0]:
-            table = torch.tensor(hyper, dtype=torch.float64)
-            _ops.adamw_ema_(*lists, table, sizes, m, scale, self.form == "hf")
+        if not lists[0]:
+            return loss
+        device = lists[0][0].device
+        if not _on_gpu(device):
+            table = torch.tensor([[float(x) for x in row] for row in [*rows, _UNREAD]], dtype=torch.float64)
+        elif momentum is not None and m.device.type == "cpu" and _capturing():
+            _checks.fail(_OP, "momentum", "a tensor on the GPU, or optimizer.momentum, in a CUDA graph", momentum)
+        else:
+            table, m = self._device_numbers(device, rows, m)
+        _ops.adamw_ema_(*lists, table, sizes, m, scale, self.form == "hf")
         return loss
+
+    def _device_numbers(self, device: torch.device, rows: list[_Row], m: Tensor) -> tuple[Tensor, Tensor]:
+        """The table of hyper-parameters and the momentum, on the device."""
+        momentum = float(m) if m.device.type == "cpu" else m
+        written = self._numbers.write(device, [*(x for row in [*rows, _UNREAD] for x in row), momentum])
+        return written[:-1].view(-1, len(_UNREAD)), written[-1]
 
     def _scale(self, grads: list[Tensor], grad_scale: float | Tensor | None) -> Tensor | None:
         """The factor of all gradients: the caller's, times what brings their norm down to max_grad_norm."""
-        factor = 1.0 if grad_scale is None else float(grad_scale)
-        if not math.isfinite(factor):
-            _checks.fail(_OP, "grad_scale", "a finite number", grad_scale)
-        scale = None if grad_scale is None else torch.tensor(factor, dtype=torch.float64)
+        scale = None
+        if isinstance(grad_scale, Tensor) and _on_gpu(grad_scale.device):
+            scale = grad_scale
+        elif grad_scale is not None:
+            if not math.isfinite(factor := float(grad_scale)):
+                _checks.fail(_OP, "grad_scale", "a finite number", grad_scale)
+            scale = torch.tensor(factor, dtype=torch.float64)
         if self.max_grad_norm is None:
             return scale
-        self.grad_norm = _ops.grad_norm(grads) * abs(factor)
-        return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0) * factor
+        norm = _ops.grad_norm(grads)
+        self.grad_norm = norm if scale is None else norm * scale.abs()
+        clip = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        return clip if scale is None else clip * scale
 
     def _lists(self) -> tuple[_Lists, list[Tensor]]:
         """The operator's lists along all parameters and, after them, what is only averaged; and the gradients."""
@@ -216,7 +267,10 @@ class AdamWEMA(torch.optim.Optimizer):
         absent = dict(exp_avg=none, exp_avg_sq=none, step=none)
         grads, exp_avgs, exp_avg_sqs, steps = [], [], [], []
         for p in params:
-            if (g := p.grad) is None:
+            g = p.grad
+            if g is None and id(p) in self._student_shadows:
+                g = self._student_shadows[id(p)].grad
+            if g is None:
                 state = absent
             else:
                 state = self.state[p] or self._first_state(p)
@@ -235,10 +289,51 @@ class AdamWEMA(torch.optim.Optimizer):
         return lists, [g for g in grads if g is not none]
 
     def _first_state(self, p: Tensor) -> dict[str, Tensor]:
+        if _on_gpu(p.device) and _capturing():  # every replay would begin with moments of 0 again
+            raise RuntimeError(_TOO_EARLY)
         state = self.state[p]
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         return state
+
+
+class _Numbers:
+    """Numbers in device memory, uploaded when they have changed, but never into a CUDA graph."""
+
+    def __init__(self) -> None:
+        self._table: Tensor | None = None
+        self._written: list[float | None] = []
+
+    def write(self, device: torch.device, numbers: Sequence[float | Tensor]) -> Tensor:
+        """A float64 tensor of these numbers; a tensor among them is copied on the device each time."""
+        values = [None if isinstance(x, Tensor) else x for x in numbers]
+        table = self._table
+        if table is None or table.device != device or len(values) != len(self._written):
+            if _capturing():
+                raise RuntimeError(_TOO_EARLY)
+            table = self._table = torch.empty(len(values), dtype=torch.float64, device=device)
+            self._written = []
+        if values != self._written and not _capturing():
+            self._upload(table, [math.nan if x is None else x for x in values])
+            self._written = values
+        for place, x in enumerate(numbers):
+            if isinstance(x, Tensor):
+                table[place].copy_(x.detach().reshape(()))
+        return table
+
+    @staticmethod
+    def _upload(table: Tensor, values: list[float]) -> None:
+        # from pinned memory of its own, which is not used again before the copy is done: nobody waits
+        pinned = torch.tensor(values, dtype=torch.float64, pin_memory=table.is_cuda)
+        table.copy_(pinned, non_blocking=True)
+
+
+def _on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _dense(g: Tensor) -> Tensor:
@@ -247,13 +342,20 @@ def _dense(g: Tensor) -> Tensor:
     return g.contiguous()
 
 
-def _hyper(group: dict[str, Any], i: int) -> list[float]:
-    """lr, weight_decay, beta1, beta2, eps of a group as numbers."""
+def _hyper(group: dict[str, Any], i: int) -> _Row:
+    """lr, weight_decay, beta1, beta2, eps of a group as numbers, or as the tensors on a GPU that they are."""
     if len(group["betas"]) != 2:
         _checks.fail(_OP, f"betas of group {i}", "two numbers", group["betas"])
-    row = [float(x) for x in (group["lr"], group["weight_decay"], *group["betas"], group["eps"])]
-    for name, value in zip(("lr", "weight_decay", "beta1", "beta2", "eps"), row):
+    row: _Row = []
+    for name, x in zip(_NAMES, (group["lr"], group["weight_decay"], *group["betas"], group["eps"])):
+        if isinstance(x, Tensor) and _on_gpu(x.device):
+            if x.numel() != 1:
+                _checks.fail(_OP, f"{name} of group {i}", "a number or a tensor of one value", x)
+            row.append(x)
+            continue
+        value = float(x)
         if not (0 <= value < math.inf) or (name.startswith("beta") and value >= 1):
             expected = "0 or more and less than 1" if name.startswith("beta") else "finite and 0 or more"
             _checks.fail(_OP, f"{name} of group {i}", expected, value)
+        row.append(value)
     return row

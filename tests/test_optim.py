@@ -276,6 +276,36 @@ def test_shadows_follow(isa):
     assert all(torch.equal(shadow, x.detach().bfloat16()) for x, shadow in shadows.items())
 
 
+def test_a_shadow_brings_its_gradient():
+    (ours, teacher), (theirs, other) = make([(70,), (5,)]), make([(70,), (5,)])
+    shadows = {p: p.detach().bfloat16().requires_grad_() for p in ours}
+    for p, q in zip(ours, theirs):
+        gradient = torch.randn(p.shape).bfloat16()
+        shadows[p].grad, q.grad = gradient, gradient.float()
+    a = AdamWEMA(ours, teacher=teacher, shadows=shadows, max_grad_norm=0.1)
+    b = AdamWEMA(theirs, teacher=other, max_grad_norm=0.1)
+    a.step()
+    b.step()
+    assert_same([*ours, *teacher, a.grad_norm], [*theirs, *other, b.grad_norm])
+    assert all(torch.equal(shadow, p.bfloat16()) for p, shadow in shadows.items())
+    a.zero_grad(set_to_none=False)
+    assert all((s.grad == 0).all() for s in shadows.values())
+    a.zero_grad()
+    assert all(s.grad is None for s in shadows.values())
+    set_grads(ours, 1)  # where there is one, it is the parameter's own
+    shadows[ours[0]].grad = torch.full((70,), math.nan).bfloat16()
+    a.step()
+    assert ours[0].isfinite().all()
+
+
+def test_refresh_is_for_gpus():
+    params, teacher = make([(5,)])
+    before = values(params, teacher)
+    AdamWEMA(params, teacher=teacher).refresh()
+    AdamWEMA([{"params": []}]).refresh()
+    assert_same(values(params, teacher), before)
+
+
 def test_closure_scheduler_and_zero_grad():
     p = torch.nn.Parameter(torch.tensor([3.0]))
     optimizer = AdamWEMA([p], lr=0.1, teacher=[torch.zeros(1)])
