@@ -129,6 +129,21 @@ def test_step(cuda_ops, entries, offset, momentum, scale, hf, first, grad_dtype,
     assert_same(flat(ours), flat(cpu))
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_copy_rounds_every_kind_of_value(cuda_ops, offset):
+    """Of a parameter without gradient: its bits as they are, signalling NaN too."""
+    n = 1 << 14
+    p = torch.zeros(n + offset)[offset:]
+    p.view(torch.int32).random_(-(2**31), 2**31)
+    special = [0x7F800001, -0x7FFFFF, 0x7F800000, 1, 0x80007FFF - 2**32, 0x7F7FFFFF, 0x3F808000, 0x3F818000, -(2**31)]
+    p[: len(special)].view(torch.int32).copy_(torch.tensor(special, dtype=torch.int32))
+    none, shadow = torch.empty(0), torch.zeros(n, dtype=torch.bfloat16)
+    lists = [[p], [none], [none], [none], [none], [], [shadow], []]
+    ours, cpu = run_step(cuda_ops, lists, (HYPER[:1].contiguous(), [1], torch.tensor(0.5), None, True))
+    assert torch.equal(ours[6][0].cpu().view(torch.int16), cpu[6][0].view(torch.int16))
+    assert torch.equal(ours[6][0].cpu().isnan(), p.isnan())
+
+
 def test_different_offsets_and_gradients_in_one_launch(cuda_ops):
     """Every pointer once off the 16-byte boundary; float32 gradients beside bfloat16 ones."""
     n, none = 4099, torch.empty(0)
