@@ -162,3 +162,24 @@ def test_what_nvidia_smi_says(monkeypatch):
 
     monkeypatch.setattr(machine.subprocess, "run", absent)
     assert machine.nvidia_smi() == {}
+
+
+def test_what_a_gpu_run_says_of_its_machine(monkeypatch):
+    properties = SimpleNamespace(name="Some GPU", multi_processor_count=132, major=9, minor=0, L2_cache_size=1 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(timing, "Cuda", Clock)
+    monkeypatch.setattr(machine, "nvidia_smi", lambda: {"driver_version": "580", "clocks_sm": "1980"})
+    asked = []
+    monkeypatch.setattr(machine, "bandwidths", lambda *a: asked.append(a[1]) or {"copy_bytes_per_s": 4e12})
+    monkeypatch.setattr(machine, "sgemm_rate", lambda n, device, median, *dtype: asked.append((device, *dtype)) or 1.0)
+    says = machine.describe_gpu()
+    assert says["device"]["name"] == "Some GPU"
+    assert says["device"]["isa"] == "sm_90"
+    assert says["device"]["clocks_sm"] == "1980"
+    assert says["versions"]["driver"] == "580"
+    assert asked == ["cuda", ("cuda",), ("cuda", torch.bfloat16)]
+
+
+def test_rates_come_from_whoever_measures_them():
+    assert machine.bandwidths(1 << 10, median=lambda call: 1.0)["add_bytes_per_s"] == 12 << 10
+    assert machine.sgemm_rate(16, median=lambda call: 2.0, dtype=torch.bfloat16) == 16**3
