@@ -24,7 +24,7 @@ AUGMENT_FLOAT64 = 2e-4
 AUGMENT_QUIET = 4e-6
 
 # patch_embed
-# Sums of 256 float32 products (gradients: of all tokens), relative to the largest value.
+# Sums of 256 float32 products, relative to the largest value. (Gradients: ROW_SUM.)
 PATCH_EMBED = 1e-5
 
 # frame_attention
