@@ -23,7 +23,7 @@
 // from device memory: learning rate and the like, momentum, the gradients' factor, the steps.
 //
 // Numbers in device memory cannot be refused with an error. A momentum outside [0, 1] makes the teachers NaN; a
-// learning rate, decay, beta or eps out of range, or a step that is none, makes parameters and moments NaN.
+// learning rate, decay, beta or eps out of range makes parameters and moments NaN, a step that is none the parameters.
 #pragma once
 
 #include "../device.cuh"
