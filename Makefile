@@ -101,10 +101,11 @@ GPU := PYTHONPATH=. $(GPU_PYTHON)
 gpu: gpu-test gpu-bench-ops gpu-bench-step gpu-sanitize
 .NOTPARALLEL: gpu
 
+# from build/, so that a setuptools too old for pyproject.toml will do
 gpu-build:
 	@archs=$$($(GPU) -m benchmarks.card) || exit 1; echo "== build for the GPUs here: $$archs"; \
-		ln -sfn ../kernels atst_fast/kernels && \
-		TORCH_CUDA_ARCH_LIST="$$archs" $(GPU_PYTHON) setup.py -q build_ext --inplace
+		ln -sfn ../kernels atst_fast/kernels && mkdir -p build && cd build && \
+		TORCH_CUDA_ARCH_LIST="$$archs" $(GPU_PYTHON) ../setup.py -q build_ext --build-lib .. --build-temp temp.gpu
 	@$(GPU) -c "import atst_fast; cuda = atst_fast.build_info()['cuda']; print('CUDA kernels:', cuda); \
 		raise SystemExit(cuda.startswith('none'))"
 
@@ -112,7 +113,7 @@ gpu-test: gpu-build
 	@echo "== tests, those on the GPU among them"
 	$(GPU) -m pytest tests -m "not long" -rs --durations=10
 
-# Each allocation is CUDA's own, so that an access beyond it is seen; fewer examples, for each runs a hundred times slower.
+# Each allocation is CUDA's own, so that an access beyond it is seen; few examples, for each runs a hundred times slower.
 gpu-sanitize: gpu-build
 	@echo "== kernels under compute-sanitizer"
 	@command -v compute-sanitizer > /dev/null || { echo "gpu-sanitize needs compute-sanitizer (CUDA toolkit) in PATH"; exit 1; }
