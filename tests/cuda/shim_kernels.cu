@@ -35,7 +35,16 @@ __global__ void transpose(const float4* x, float4* out) {  // 32 x 32 per block
   out[blockIdx.x * 256 + threadIdx.x] = make_float4(at(0), at(1), at(2), at(3));
 }
 
-enum Last { kRight, kRightInOneWarp, kRightOfOtherLane, kNoFence, kFenceFirst, kPlainRead, kNoBarrierHere };
+enum Last {
+  kRight,
+  kRightInOneWarp,
+  kRightOfOtherLane,
+  kNoFence,
+  kFenceFirst,
+  kPlainRead,
+  kNoBarrierHere,
+  kNoFenceHere
+};
 
 __global__ void last_block_sums(const float* x, float* partial, unsigned* done, float* out, Last how) {
   bool* shared = shared_memory<bool>();
@@ -58,6 +67,7 @@ __global__ void last_block_sums(const float* x, float* partial, unsigned* done, 
     last = blockIdx.x == gridDim.x - 1;
   }
   if (!last) return;
+  if (how != kNoFenceHere) __threadfence();
   float all = 0;
   for (unsigned i = threadIdx.x; i < gridDim.x; i += 32) all += how == kPlainRead ? partial[i] : __ldcg(partial + i);
   all = warp_sum(all);

@@ -87,7 +87,7 @@ def test_the_last_block_may_read_what_others_wrote(kernels, how):
     torch.testing.assert_close(got, x.sum(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["kNoFence", "kFenceFirst", "kPlainRead", "kNoBarrierHere"])
+@pytest.mark.parametrize("how", ["kNoFence", "kFenceFirst", "kPlainRead", "kNoBarrierHere", "kNoFenceHere"])
 def test_the_last_block_reads_too_early(kernels, how):
     wrong = "not through __ldcg" if how == "kPlainRead" else "with no __threadfence and atomic there"
     if how == "kNoBarrierHere":  # takes the last in the grid for the last to run

@@ -42,7 +42,6 @@ struct Thread {
   unsigned mask = 0, source = 0;
   uint64_t value = 0, result = 0;
   uint64_t accesses = 0;
-  uint32_t atomic_epoch = 0, atomic_stamp = 0;  // of its first atomic of an epoch, in global memory
 };
 
 // Which accesses of the other lanes of its warp a lane knows to be over: those that lane u made before its clock was

@@ -63,15 +63,15 @@ void check_cells(Cell* first, size_t n, size_t bytes, Kind kind, uint32_t writte
   bool told = false;
   for (Cell* c = first; c != first + n; ++c) {
     const Side* with = nullptr;
-    if (kind != Kind::write && c->written.epoch < written && !told) {
+    if (kind != Kind::write && c->last_written() < written && !told) {
       report(at, does(kind, bytes) + " of " + describe() + " that nobody wrote");
       told = true;
     }
     if (const Wrong w = wrong(*c, kind, oldest, with); w != Wrong::nothing && !told) {
-      report(at, does(kind, bytes) + " of " + describe() + " " + explain(w, *with, with == &c->written));
+      report(at, does(kind, bytes) + " of " + describe() + " " + explain(w, *with, with != &c->read));
       told = true;
     }
-    add(writes(kind) ? c->written : c->read, kind == Kind::atomic, oldest);
+    add(kind == Kind::write ? c->written : kind == Kind::atomic ? c->atomics : c->read, oldest);
   }
 }
 
@@ -217,7 +217,7 @@ void forget_memory(bool check_outputs) {
     Cell* c = r.shadow.at(0, r.bytes);
     size_t missing = 0, first = 0;
     for (size_t i = r.shadow.count(r.bytes); i-- > 0;)
-      if (!c[i].written.epoch) ++missing, first = i;
+      if (!c[i].last_written()) ++missing, first = i;
     const size_t unit = r.shadow.unit();
     if (missing)
       report(Where(), format("%zu bytes of %s were never written, the first at %zu", missing * unit,

@@ -14,7 +14,32 @@ struct Release {
 std::vector<Release> releases;  // of the blocks of this launch, in the order in which they ran
 Release fences;                 // of the running block, not yet followed by an atomic
 bool new_fence = false;
-uint32_t acquired_epoch = 0;  // of the block's first atomic
+
+// Something that a block has done: in which epoch first, and each thread in which epoch last, at which clock.
+struct Event {
+  uint32_t first = 0;
+  struct {
+    uint32_t epoch, stamp;
+  } by[kMaxThreads];
+
+  void note() {
+    if (!first) first = machine.epoch;
+    auto& mine = by[running->linear];
+    if (mine.epoch != machine.epoch) mine = {machine.epoch, stamp()};
+  }
+  // Is one of them over before what the running thread does now?
+  bool over() const {
+    if (!first) return false;
+    if (first < machine.epoch || by[running->linear].epoch == machine.epoch) return true;
+    const auto* lane = by + running->warp * kLanes;
+    const auto& seen = machine.warp[running->warp].seen[running->lane];
+    for (unsigned u = 0; u < kLanes; ++u)
+      if (lane[u].epoch == machine.epoch && lane[u].stamp < seen[u]) return true;
+    return false;
+  }
+};
+Event atomics_made;  // in global memory
+Event acquired;      // fences that follow an atomic
 
 bool released(const Side& s) {
   const auto after = std::upper_bound(releases.begin(), releases.end(), s.epoch,
@@ -27,17 +52,6 @@ bool released(const Side& s) {
   return true;
 }
 
-// Is an atomic of this block over before what the running thread does now?
-bool acquired() {
-  if (!acquired_epoch) return false;
-  if (acquired_epoch < machine.epoch || running->atomic_epoch == machine.epoch) return true;
-  const Thread* lane = machine.thread + running->warp * kLanes;
-  const auto& seen = machine.warp[running->warp].seen[running->lane];
-  for (unsigned u = 0; u < kLanes; ++u)
-    if (lane[u].atomic_epoch == machine.epoch && lane[u].atomic_stamp < seen[u]) return true;
-  return false;
-}
-
 std::string names(const Side& s) {
   const uint32_t others = s.warp == running->warp ? s.lanes & ~(1u << running->lane) : s.lanes;
   if (!others) return "a thread of another warp";
@@ -45,15 +59,14 @@ std::string names(const Side& s) {
 }
 }  // namespace
 
-Wrong wrong(const Side& s, Kind kind) {
-  if (s.atomic && kind == Kind::atomic) return Wrong::nothing;
+Wrong wrong(const Side& s, bool atomics, Kind kind) {
   if (s.epoch >= machine.block_epoch) {
     if (kind == Kind::constant_read) return Wrong::constant;
     if (!ordered(s)) return Wrong::race;
     if (!s.more_blocks) return Wrong::nothing;
   }
   if (kind == Kind::read || kind == Kind::constant_read) return Wrong::other_block;
-  const bool over = acquired() && (s.atomic || s.more_blocks || released(s));
+  const bool over = acquired.over() && (atomics || s.more_blocks || released(s));
   return over ? Wrong::nothing : Wrong::other_block_unordered;
 }
 
@@ -63,13 +76,13 @@ std::string explain(Wrong w, const Side& s, bool written) {
   if (w == Wrong::constant) return "that this launch wrote: __ldg is for what nobody writes";
   const std::string other = format("that another block of this launch %s, ", written ? "wrote" : "read");
   if (w == Wrong::other_block) return other + "not through __ldcg or an atomic";
-  return other + "with no __threadfence and atomic there and atomic and barrier here between";
+  return other + "with no __threadfence and atomic there and atomic, __threadfence and barrier here between";
 }
 
 void begin_launch_ordering() { releases.clear(); }
 
 void begin_block_ordering() {
-  acquired_epoch = 0;
+  atomics_made.first = acquired.first = 0;
   fences = {machine.block_epoch, 0, {}};
   new_fence = false;
 }
@@ -82,11 +95,11 @@ void note_fence() {
   for (unsigned u = 0; u < lanes; ++u) fenced[u] = std::max(fenced[u], w.seen[running->lane][u]);
   fenced[running->lane] = w.clock[running->lane] = ++w.counter;  // what follows is told from what was before
   new_fence = true;
+  if (atomics_made.over()) acquired.note();
 }
 
 void note_atomic() {
-  if (!acquired_epoch) acquired_epoch = machine.epoch;
-  if (running->atomic_epoch != machine.epoch) running->atomic_epoch = machine.epoch, running->atomic_stamp = stamp();
+  atomics_made.note();
   if (!new_fence) return;
   if (releases.empty() || releases.back().block_epoch != machine.block_epoch) releases.emplace_back();
   releases.back() = fences;

@@ -20,9 +20,9 @@ inline bool ordered(const Side& s) {
 }
 
 // Adds an access of the running thread. oldest: the first epoch whose accesses matter.
-inline void add(Side& s, bool atomic, uint32_t oldest) {
+inline void add(Side& s, uint32_t oldest) {
   const uint32_t bit = 1u << running->lane, now = stamp();
-  if (s.epoch == machine.epoch && s.atomic == atomic) {
+  if (s.epoch == machine.epoch) {
     const bool same_warp = s.warp == running->warp;
     if (same_warp && (s.stamp == now || !ordered(s))) {
       s.lanes |= bit, s.stamp = now;
@@ -33,28 +33,29 @@ inline void add(Side& s, bool atomic, uint32_t oldest) {
     return;
   }
   const bool more_blocks = s.epoch >= oldest && (s.epoch < machine.block_epoch || s.more_blocks);
-  s = {machine.epoch, now, bit, static_cast<uint8_t>(running->warp), false, more_blocks, atomic};
+  s = {machine.epoch, now, bit, static_cast<uint8_t>(running->warp), false, more_blocks};
 }
 
 enum class Wrong { nothing, race, constant, other_block, other_block_unordered };
-// What is wrong between an access of the running thread and an earlier one.
-Wrong wrong(const Side& s, Kind kind);
+// What is wrong between an access of the running thread and earlier ones. atomics: what those are.
+Wrong wrong(const Side& s, bool atomics, Kind kind);
 
 // What is wrong with an access to a cell, and with which side of it.
 inline Wrong wrong(const Cell& c, Kind kind, uint32_t oldest, const Side*& with) {
-  if (c.written.epoch >= oldest) {
+  Wrong w = Wrong::nothing;
+  if (c.written.epoch >= oldest && (w = wrong(c.written, false, kind)) != Wrong::nothing)
     with = &c.written;
-    if (const Wrong w = wrong(c.written, kind); w != Wrong::nothing) return w;
-  }
-  if (!writes(kind) || c.read.epoch < oldest) return Wrong::nothing;
-  with = &c.read;
-  return wrong(c.read, kind);
+  else if (c.atomics.epoch >= oldest && kind != Kind::atomic && (w = wrong(c.atomics, true, kind)) != Wrong::nothing)
+    with = &c.atomics;
+  else if (c.read.epoch >= oldest && writes(kind) && (w = wrong(c.read, false, kind)) != Wrong::nothing)
+    with = &c.read;
+  return w;
 }
 
 // What follows "reads 4 bytes of something".
 std::string explain(Wrong w, const Side& s, bool written);
 
-// Between blocks: a fence after the writes and then an atomic there, an atomic here.
+// Between blocks: a fence after the writes and then an atomic there, an atomic and then a fence here.
 void begin_launch_ordering();
 void begin_block_ordering();
 void note_fence();

@@ -3,6 +3,7 @@
 
 #include <cstdarg>
 #include <cstdio>
+#include <map>
 #include <stdexcept>
 
 #include "machine.h"
@@ -34,6 +35,8 @@ struct Code {
   std::string function, line;
 };
 Code look_up(const void* code) {
+  static std::map<const void*, Code> known;
+  if (const auto k = known.find(code); k != known.end()) return k->second;
   Dl_info info;
   if (!code || !dladdr(code, &info) || !info.dli_fname) return {};
   const auto offset = static_cast<const char*>(code) - static_cast<const char*>(info.dli_fbase);
@@ -45,7 +48,7 @@ Code look_up(const void* code) {
     if (fgets(buffer, sizeof(buffer), pipe)) line = buffer;
   pclose(pipe);
   for (auto& line : lines) line = line.substr(0, line.find_first_of("\n"));
-  return {lines[0], lines[1].substr(0, lines[1].find(" ("))};
+  return known[code] = {lines[0], lines[1].substr(0, lines[1].find(" ("))};
 }
 
 // kernel<float> of void atst::(anonymous namespace)::kernel<float>(float*)

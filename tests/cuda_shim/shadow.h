@@ -1,6 +1,7 @@
 // What is known about the bytes of a piece of memory: who wrote and who read them last.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -17,11 +18,13 @@ struct Side {
   uint8_t warp = 0;
   bool more_warps = false;   // and of other warps of the block
   bool more_blocks = false;  // and of earlier blocks of the launch
-  bool atomic = false;
 };
 
+// Atomics are apart from plain writes: one that may follow a write says nothing about another one that may not.
 struct Cell {
-  Side written, read;
+  Side written, atomics, read;
+
+  uint32_t last_written() const { return std::max(written.epoch, atomics.epoch); }
 };
 
 // One cell for each 4 bytes, or 2 or 1 as soon as such an access is seen.
