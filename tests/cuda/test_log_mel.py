@@ -138,6 +138,23 @@ def test_any_filterbank(cuda_ops, n_mels, dense):
     assert (y - z)[z > z.max() - 80].abs().max() <= tol.MEL_80_DB
 
 
+@pytest.mark.parametrize("n_mels", [40, 64, 80, 128, 256])
+@pytest.mark.parametrize("n_fft", [512, 1024, 2048])
+def test_triangles_fit_into_shared_memory(n_fft, n_mels):
+    """They would be right without, too, but slow: this is log_mel_weights and what make_mel_tables puts there."""
+    _, fb = tables(16000, n_fft, None, 0.0, 8000.0, n_mels)
+    floats = 0
+    for group in range(0, n_mels, 8):
+        longest = 0
+        for m in range(group, min(group + 8, n_mels)):
+            bins = fb[:, m].nonzero().flatten().tolist()
+            if bins:
+                start = bins[0] - (bins[0] - m) % 8
+                longest = max(longest, (bins[-1] - start + 4) // 4 * 4)
+        floats += 8 * longest
+    assert floats <= 3 * (n_fft // 2 + 1) + 8 * n_mels
+
+
 def test_tables_changed_in_place_are_noticed(cuda_ops):
     args = arguments(speech_like(3000)[None], minmax=None, top_db=None)
     window, fb = (cuda_ops.to(t.clone()) for t in args[1:3])
