@@ -62,19 +62,17 @@ def _count(code: static.Code, pattern: str) -> int:
 
 
 def mel(record: static.Record, pattern: str) -> float:
-    """Of a frame: the loop over tiles has inner loops, of which float32 samples take one path.
+    """Of a frame: a tile is 16 frames and 8 warps, each of which transforms two frames and sums 8 filters.
 
-    A tile is 16 frames of 16 threads. The rest of the loop is straight: counted once, with the branches not taken. The
-    samples' loop does all 16 of a thread's at once, and the filters' loop does 32 products of a thread's 64.
+    The transform is the section with the most arithmetic; it also holds the path of odd hops, and what one warp of the
+    eight does to publish a maximum. The products' loop does 8 bins of four frames; the longest filters of the eight
+    groups have 196 bins in all, rounded up as log_mel_tables.cuh rounds them. What is around it is done once a group.
     """
-    tiles = max(record.loops, key=lambda code: code.count(_FP32))
-    inner = [code for code in record.loops if tiles.holds(code)]
-    outer = [code for code in inner if not any(other.holds(code) for other in inner)]
-    straight = _count(tiles, pattern) - sum(_count(code, pattern) for code in outer)
-    filters = [code for code in inner if code.count("FFMA")]
-    samples = loop(record, LDG=16, STS=16, FMUL=0)
-    around, products = max(filters, key=lambda code: code.length), loop(record, FFMA=32)
-    return 16 * (straight + _count(samples, pattern) + _count(around, pattern) + _count(products, pattern))
+    transform = max(record.sections, key=lambda code: code.count(_FP32))
+    samples, products = loop(record, LDG=16, STS=16, FMUL=0), loop(record, FFMA=32)
+    around = min((code for code in record.loops if code.holds(products)), key=lambda code: code.length)
+    once = sum(_count(code, pattern) for code in (transform, samples, around)) - _count(products, pattern)
+    return (8 * once + 196 / 8 * _count(products, pattern)) * 32 / 16
 
 
 def augment(record: static.Record, pattern: str) -> float:

@@ -16,6 +16,7 @@ import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +57,10 @@ _NOTHING = Code(0, 0, {})
 
 @dataclass(frozen=True)
 class Record:
-    """One kernel of one architecture. ``shared``: static shared memory in bytes (Triton: all that it asks for)."""
+    """One kernel of one architecture. ``shared``: static shared memory in bytes (Triton: all that it asks for).
+
+    ``sections``: the code from one barrier of the block to the next, as it lies in memory.
+    """
 
     name: str
     arch: int
@@ -67,6 +71,7 @@ class Record:
     shared: int
     code: Code = _NOTHING
     loops: tuple[Code, ...] = ()
+    sections: tuple[Code, ...] = ()
 
     def count(self, pattern: str) -> int:
         return self.code.count(pattern)
@@ -157,8 +162,9 @@ def nvcc_records(source: Path, arch: int, folder: Path = CACHE) -> list[Record]:
 
 
 def _record(entry: dict) -> Record:
-    code, loops = Code(**entry.pop("code")), tuple(Code(**loop) for loop in entry.pop("loops"))
-    return Record(**entry, code=code, loops=loops)
+    code = Code(**entry.pop("code"))
+    loops, sections = (tuple(Code(**part) for part in entry.pop(name)) for name in ("loops", "sections"))
+    return Record(**entry, code=code, loops=loops, sections=sections)
 
 
 def _fingerprint(source: Path) -> str:
@@ -205,7 +211,7 @@ def parse_ptxas(text: str) -> dict[str, dict[str, int]]:
 
 
 def parse_sass(text: str) -> dict[str, dict]:
-    """Per mangled kernel name: its code, and its loops (what a branch jumps back over), inner ones included."""
+    """Per mangled kernel name: its code, its loops (what a branch jumps back over; inner ones too) and sections."""
     kernels: dict[str, dict] = {}
     for block in re.split(r"Function : ", text)[1:]:
         name, _, body = block.partition("\n")
@@ -217,7 +223,10 @@ def parse_sass(text: str) -> dict[str, dict]:
             target = re.search(r"\b0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
             if target and int(target.group(1), 16) < address:
                 loops.append(_code(lines, int(target.group(1), 16), address))
-        kernels[name.strip()] = {"code": code, "loops": tuple(loops)}
+        barriers = [address for address, opcode, _ in lines if opcode.startswith("BAR.SYNC")]
+        bounds = [-1, *barriers, code.end + 1]
+        sections = tuple(_code(lines, begin + 1, end - 1) for begin, end in pairwise(bounds))
+        kernels[name.strip()] = {"code": code, "loops": tuple(loops), "sections": sections}
     return kernels
 
 

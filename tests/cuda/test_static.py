@@ -91,7 +91,8 @@ SASS = f"""
         /*0030*/                   LDG.E R4, desc[UR6][R2.64] ;               /* 0x0000000604007981 */
         /*0040*/                   STL [R1], R4 ;                             /* 0x0000000604007981 */
         /*0050*/               @P0 BRA 0x20 ;                                 /* 0xffffff6000000947 */
-        /*0060*/                   BRA 0x10060;                               /* 0xffffff6000000947 */
+        /*0060*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;              /* 0x0000000000007b1d */
+        /*0070*/                   BRA 0x10060;                               /* 0xffffff6000000947 */
         /*10050*/                  NOP;                                       /* 0x0000000000007918 */
 """
 
@@ -104,7 +105,9 @@ def test_what_ptxas_and_cuobjdump_print_is_read():
     lerp, hoard = recorded()
     assert (lerp.name, lerp.registers, lerp.stack, lerp.spill_stores, lerp.shared) == ("lerp", 12, 0, 0, 2048)
     assert (hoard.name, hoard.stack, hoard.spill_stores, hoard.spill_loads) == ("hoard<96>", 584, 688, 692)
-    assert hoard.code.opcodes == {"LDC": 1, "LDG.E.128.CONSTANT": 1, "FFMA": 1, "LDG.E": 1, "STL": 1, "BRA": 2}
+    first = {"LDC": 1, "LDG.E.128.CONSTANT": 1, "FFMA": 1, "LDG.E": 1, "STL": 1, "BRA": 1}
+    assert hoard.code.opcodes == first | {"BRA": 2, "BAR.SYNC.DEFER_BLOCKING": 1}
+    assert [section.opcodes for section in hoard.sections] == [first, {"BRA": 1}]
     assert hoard.loops == (static.Code(0x20, 0x50, {"FFMA": 1, "LDG.E": 1, "STL": 1, "BRA": 1}),)
     assert [hoard.count(p) for p in ("LDG", "LDG.128", "STL", "ST", "FFMA+STL")] == [2, 1, 1, 0, 2]
 
