@@ -90,7 +90,7 @@ def with_apex(params, teacher, clip):
 
 STEPS = {
     "atst_fast": ours,
-    "torch_fused": with_torch(fused=True),
+    "torch_fused": with_torch(fused=True, capturable=True),
     "torch_foreach": with_torch(foreach=True),
     "apex": with_apex,
 }
@@ -114,3 +114,11 @@ def test_adamw_ema(measure, size, clip, provider):
     # parameter, both moments and teacher are read and written, the gradient is read, two copies are written
     moved = (40 + 4 * clip) * parameters
     measure(step, bytes=moved, flops=(18 + 2 * clip) * parameters, parameters=parameters)
+
+
+@pytest.mark.benchmark(group="AdamWEMA")
+@pytest.mark.parametrize("provider", ["atst_fast", "torch_fused"])
+@pytest.mark.parametrize("size", ["tiny", "base"])
+def test_adamw_ema_in_a_graph(measure, size, provider):
+    step, parameters = make_step(provider, size, False, "cuda")
+    measure(step, way="replayed", bytes=40 * parameters, parameters=parameters)
