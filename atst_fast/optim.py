@@ -68,7 +68,8 @@ class AdamWEMA(torch.optim.Optimizer):
     momentum from stay there. What is given there as a tensor cannot be checked: out of range, it makes what it would
     change NaN. A step can be captured in a CUDA graph after one has been taken; a replay uses what ``refresh`` wrote
     last, and lr and the like that are tensors on the GPU as they are at its time. A ``grad_scale`` that is a number is
-    the graph's for good.
+    the graph's for good; so is everything else once ``add_param_group`` or ``load_state_dict`` has been called: capture
+    anew after them.
 
     Raises ValueError or TypeError with the argument's name, what was expected and what came; RuntimeError where a CUDA
     graph would capture what has to happen before.
@@ -150,7 +151,8 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._numbers = _Numbers()
+        if not hasattr(self, "_numbers"):  # load_state_dict comes here too, and a CUDA graph may read the table
+            self._numbers = _Numbers()
         self._index()
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,6 +180,8 @@ class AdamWEMA(torch.optim.Optimizer):
         if "momentum" in state_dict:
             self.momentum = state_dict["momentum"]
         for p, state in self.state.items():
+            if not state:
+                continue
             state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=p.device)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = state[name].to(p.dtype, copy=True, memory_format=torch.contiguous_format)
@@ -273,7 +277,7 @@ class AdamWEMA(torch.optim.Optimizer):
             if g is None:
                 state = absent
             else:
-                state = self.state[p] or self._first_state(p)
+                state = self.state.get(p) or self._first_state(p)
             grads.append(none if g is None else _dense(g))
             exp_avgs.append(state["exp_avg"])
             exp_avg_sqs.append(state["exp_avg_sq"])
@@ -291,10 +295,9 @@ class AdamWEMA(torch.optim.Optimizer):
     def _first_state(self, p: Tensor) -> dict[str, Tensor]:
         if _on_gpu(p.device) and _capturing():  # every replay would begin with moments of 0 again
             raise RuntimeError(_TOO_EARLY)
-        state = self.state[p]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        return state
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        return self.state[p]
 
 
 class _Numbers:
@@ -302,6 +305,7 @@ class _Numbers:
 
     def __init__(self) -> None:
         self._table: Tensor | None = None
+        self._former: list[Tensor] = []  # of other sizes: graphs that were captured with them may be replayed
         self._written: list[float | None] = []
 
     def write(self, device: torch.device, numbers: Sequence[float | Tensor]) -> Tensor:
@@ -311,6 +315,7 @@ class _Numbers:
         if table is None or table.device != device or len(values) != len(self._written):
             if _capturing():
                 raise RuntimeError(_TOO_EARLY)
+            self._former += [] if table is None else [table]
             table = self._table = torch.empty(len(values), dtype=torch.float64, device=device)
             self._written = []
         if values != self._written and not _capturing():

@@ -95,8 +95,8 @@ class Call {
   void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A&&... args) const {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #if defined(__CUDACC__)
-    if (shared > 48 * 1024)
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    if (shared > 48 * 1024)  // always the same value: other threads may be about to launch the kernel with more
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit));
     if (shared > 16 * 1024)  // the occupancy that the kernels count on needs all of it, not what the driver may choose
       check(
           cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
@@ -118,6 +118,7 @@ class Call {
   enum class Access { in, inout, out, scratch };
   void permit(const void*, const Tensor&, Access) const {}
   void check(cudaError_t error) const {
+    if (error != cudaSuccess) cudaGetLastError();  // reported here: the next launch must not find it again
     ATST_CHECK(error == cudaSuccess, op,
                ": its kernel could not be launched (or an earlier one failed): ", cudaGetErrorString(error));
   }

@@ -75,6 +75,9 @@ def test_every_half_precision_value(cuda_ops, dtype, offset):
     finite = student.isfinite()
     assert torch.equal(teacher[finite], student[finite].float())
     assert teacher[~finite].isnan().all()
+    teacher = cuda_ops.to(torch.zeros(2**16))
+    cuda_ops.ops.ema_update_([teacher], [student], cuda_ops.to(torch.tensor(0.5)))
+    torch.testing.assert_close(teacher, student.float() / 2, rtol=0, atol=0, equal_nan=True)  # infinity is no NaN
 
 
 def test_more_tensors_than_a_table_holds(cuda_ops):
@@ -86,6 +89,17 @@ def test_more_tensors_than_a_table_holds(cuda_ops):
     assert_same(ours, teacher)
     norm = cuda_ops.ops.grad_norm(ours)
     assert norm.item() == pytest.approx(on_cpu.grad_norm(teacher).item(), rel=tolerances.GRAD_NORM_RTOL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_off_the_boundary_of_their_vectors(cuda_ops, dtype):
+    """Each offset on its own and beside an aligned one: four elements at a time only where both allow it."""
+    offsets = [(t, s) for t in range(5) for s in range(5)]
+    teacher, student = [randn((77,), t) for t, _ in offsets], [randn((77,), s, dtype) for _, s in offsets]
+    ours, same = move(cuda_ops, (teacher, student))
+    cuda_ops.ops.ema_update_(ours, same, cuda_ops.to(float64(0.9)))
+    on_cpu.ema_update_(teacher, student, 0.9)
+    assert_same(ours, teacher)
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.5, math.nan, math.inf])
@@ -144,11 +158,12 @@ def test_a_copy_rounds_every_kind_of_value(cuda_ops, offset):
     assert torch.equal(ours[6][0].cpu().isnan(), p.isnan())
 
 
-def test_different_offsets_and_gradients_in_one_launch(cuda_ops):
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_different_offsets_and_gradients_in_one_launch(cuda_ops, offset):
     """Every pointer once off the 16-byte boundary; float32 gradients beside bfloat16 ones."""
     n, none = 4099, torch.empty(0)
     dtypes = [torch.float32] * 4 + [None, torch.float32, torch.bfloat16, torch.bfloat16]
-    lists = [[none if d is None else randn((n,), i == k, d) for i in range(8)] for k, d in enumerate(dtypes)]
+    lists = [[none if d is None else randn((n,), offset * (i == k), d) for i in range(8)] for k, d in enumerate(dtypes)]
     lists[1] = [g if i % 2 else g.bfloat16() for i, g in enumerate(lists[1])]
     lists[3] = [v.square() for v in lists[3]]
     lists[4] = [torch.tensor(float(10**i)) for i in range(8)]

@@ -155,6 +155,30 @@ def test_what_a_graph_cannot_capture(gpu, small):
         optimizer.step()
 
 
+def test_a_refused_first_step_leaves_no_half_state(gpu, small):
+    optimizer, _ = small
+    gpu.capturing = True
+    with pytest.raises(RuntimeError, match="a step must be taken"):
+        optimizer.step()
+    gpu.capturing = False
+    assert optimizer.state_dict()["state"] == {}
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+
+
+def test_what_a_graph_reads_stays_where_it_is(gpu, small):
+    optimizer, _ = small
+    optimizer.step()
+    table = optimizer._numbers._table
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.refresh()
+    assert optimizer._numbers._table is table
+    optimizer.add_param_group({"params": on(gpu, [torch.nn.Parameter(torch.zeros(3))])})
+    optimizer.refresh()
+    assert optimizer._numbers._table is not table
+    assert any(t is table for t in optimizer._numbers._former)
+
+
 def test_rates_that_are_tensors_on_the_gpu(gpu):
     params, _ = make([(5,)])
     ours = on(gpu, params)
