@@ -52,7 +52,7 @@ class Block(nn.Module):
         mask = None
         if length is not None:
             clips, tokens, _ = x.shape
-            padded = torch.arange(tokens).expand(clips, tokens) >= length[:, None]
+            padded = torch.arange(tokens, device=x.device).expand(clips, tokens) >= length[:, None]
             mask = (-10000.0 * padded[:, None, None]).expand(clips, 1, tokens, tokens)
         x = x + self.drop_path(self.attn(self.norm1(x), mask))
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -61,7 +61,7 @@ class Block(nn.Module):
         if not self.training or not self.rate:
             return x
         keep = 1 - self.rate
-        return x.div(keep) * (keep + torch.rand(len(x), 1, 1)).floor_()
+        return x.div(keep) * (keep + torch.rand(len(x), 1, 1, device=x.device)).floor_()
 
 
 class PatchEmbed(nn.Module):
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
 
     def forward(self, mel, length, mask, replace):
         x, valid = self.tokens(mel, length, mask if replace else None)
-        return x[mask & (torch.arange(x.shape[1]) < valid.unsqueeze(1))]
+        return x[mask & (torch.arange(x.shape[1], device=x.device) < valid.unsqueeze(1))]
 
 
 def head(dim, hidden, out):
@@ -119,11 +119,11 @@ class Network(nn.Module):
 
     def forward(self, views, lengths, masks, replace):
         rows = self.encoder(torch.cat(views), torch.cat(lengths), torch.cat(masks), replace)
-        return self.predictor(self.projector(torch.cat([torch.empty(0), rows])))
+        return self.predictor(self.projector(torch.cat([rows.new_empty(0), rows])))
 
 
 def spread(y):
-    count = torch.tensor(len(y))
+    count = len(y)
     variance = (y**2).sum(0) / (count - 1) - y.sum(0) ** 2 / (count * (count - 1))
     return torch.sqrt(variance + 1e-6).mean()
 

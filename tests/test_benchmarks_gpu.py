@@ -1,5 +1,6 @@
 """The benchmarks of a GPU where there is none: each case's call on the CPU; timing, report and roofline with a fake."""
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -8,6 +9,8 @@ import torch
 
 from benchmarks import card, machine, report
 from benchmarks.gpu import bench_augment, bench_ema, bench_log_mel, bench_step, timing
+from tests import tolerances
+from tests.cuda.test_augment import make_case
 
 
 class Clock:
@@ -65,7 +68,30 @@ def test_log_mel_cases_compute_one_thing(provider, dtype):
 def test_augment_cases_compute_one_thing():
     arguments = bench_augment.make_arguments("tiny", "cpu")
     ours, plain = (bench_augment.PROVIDERS[p](*arguments)() for p in ("atst_fast", "plain PyTorch"))
-    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=tolerances.AUGMENT)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("bank_frames, canvas", [(50, None), (30, (20, 60)), (90, (16, 75))])
+def test_the_peer_of_augment_takes_any_draws(seed, bank_frames, canvas):
+    arguments = make_case(seed, 6, 16, 50, slots=3, bank_frames=bank_frames, canvas=canvas)
+    plain = bench_augment.batched(*arguments)
+    torch.testing.assert_close(plain, torch.ops.atst_fast.augment(*arguments), rtol=0, atol=tolerances.AUGMENT)
+
+
+def test_a_peer_is_compiled_for_its_own_sizes():
+    shapes = []
+
+    def backend(graph, inputs):
+        shapes.extend(tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor))
+        return graph
+
+    for n in (3, 5):
+        call = functools.partial(torch.compile, backend=backend)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", call)
+            timing.compiled(lambda x: x + 1)(torch.zeros(n))
+    assert shapes == [(3,), (5,)]
 
 
 def test_teacher_updates_compute_one_thing():
@@ -88,10 +114,17 @@ def test_optimizer_steps_run(provider, clip):
     assert parameters > 50_000
 
 
-def test_a_training_step_runs():
-    step, batch, flops = bench_step.make_case("atst_fast", "tiny", "cpu")
+@pytest.mark.parametrize("provider", bench_step.cpu.STEPS)
+def test_a_training_step_runs(provider):
+    step, batch, flops = bench_step.make_case(provider, "tiny", "cpu")
     assert 0 < step(batch) < 4
     assert flops == bench_step.cpu.products("tiny", batch[3])
+
+
+def test_the_official_step_stays_on_the_device_of_its_batch():
+    step, batch, _ = bench_step.make_case("official_structure", "tiny", "cpu")
+    with torch.device("meta"):  # where a tensor is made that is not told where
+        assert 0 < step(batch) < 4
 
 
 def gpu_result():

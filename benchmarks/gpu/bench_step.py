@@ -16,7 +16,9 @@ def make_case(provider, size, device):
     batch = [*torch.randn(2, CLIPS[size], 1, 64, frames), torch.full((CLIPS[size],), frames), mask]
     with torch.device(device):
         step = cpu.make_step(provider, size)
-    return step, [x.to(device) for x in batch], cpu.products(size, mask)
+    # ATSTFrame wants lengths and mask on the CPU, where they are made
+    places = [device, device, "cpu", "cpu"] if provider == "atst_fast" else [device] * 4
+    return step, [x.to(place) for x, place in zip(batch, places)], cpu.products(size, mask)
 
 
 @pytest.mark.benchmark(group="step")

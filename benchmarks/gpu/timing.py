@@ -64,6 +64,12 @@ class Cuda:
         return graph.replay
 
 
+def compiled(call: Callable) -> Callable:
+    """For its own sizes alone: what was compiled before for others would make torch take them for variable."""
+    torch._dynamo.reset()
+    return torch.compile(call, dynamic=False)
+
+
 def launched(call: Callable, gpu: Any, budget: float = 1.0) -> Stats:
     """Single calls, with nothing of theirs in the L2 cache: the GPU's time, as in a loop whose CPU runs ahead of it.
 
