@@ -1,10 +1,25 @@
+import os
+
 import pytest
 import torch
 
 from atst_fast import _C, build_info
 from tests import cuda_shim
+from tests.cuda import static
 
 _ISAS = ["portable", "avx2", "avx512"]
+
+
+_NEEDS = {"shim": cuda_shim.unavailable, "static": static.missing}
+
+
+def pytest_configure(config):
+    """ATST_REQUIRE=shim,static: no run without these, for a skip in CI is seen by nobody."""
+    for name in filter(None, os.environ.get("ATST_REQUIRE", "").split(",")):
+        if name not in _NEEDS:
+            raise pytest.UsageError(f"ATST_REQUIRE: {name!r} is none of {', '.join(_NEEDS)}")
+        if reason := _NEEDS[name]():
+            raise pytest.UsageError(f"ATST_REQUIRE={name}: {reason}")
 
 
 def _runs_here(isa):
@@ -57,7 +72,7 @@ class CudaOps:
             cuda_shim.schedule(order, seed)
 
 
-@pytest.fixture(params=["shim", "gpu"])
+@pytest.fixture(params=["shim", pytest.param("gpu", marks=pytest.mark.gpu)])
 def cuda_ops(request):
     """Run the test with the CUDA kernels on the CPU, every access checked (tests/cuda_shim), and on a GPU."""
     if reason := _no_gpu() if request.param == "gpu" else cuda_shim.unavailable():

@@ -90,6 +90,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("seed", range(3))
 def test_sizes(cuda_ops, shape, seed):
@@ -98,6 +99,7 @@ def test_sizes(cuda_ops, shape, seed):
     near(run(cuda_ops, *args), cpu(*args))
 
 
+@pytest.mark.sanitize
 def test_every_width_of_a_crop(cuda_ops):
     """Crops of every height and width of a small canvas, whether the view is wider, as wide or narrower."""
     bins, frames, canvas = 5, 7, [7, 10]
@@ -158,6 +160,7 @@ def test_a_draw_out_of_range_makes_the_view_of_its_clip_nan(cuda_ops, name, valu
     assert torch.equal(y[1:], clean[1:])
 
 
+@pytest.mark.sanitize
 def test_a_nan_stays_in_its_clip_and_those_mixed_with_it(cuda_ops):
     args = make_case(3, 4, 16, 50, slots=0)
     mel, partner, crop = args[0], args[3], args[6]
@@ -169,6 +172,7 @@ def test_a_nan_stays_in_its_clip_and_those_mixed_with_it(cuda_ops):
     assert torch.equal(y[[0, 2]], clean[[0, 2]])
 
 
+@pytest.mark.sanitize
 def test_where_nothing_is_mixed_or_resampled_it_is_a_copy(cuda_ops):
     args = make_case(0, 1, 8, 70, slots=0)
     args[0][0, 0, 3, :4] = torch.tensor([float("inf"), float("-inf"), float("nan"), -0.0])
@@ -191,6 +195,7 @@ def test_the_same_bits_in_any_order(cuda_ops):
         assert torch.equal(run(cuda_ops, *args), first)
 
 
+@pytest.mark.sanitize
 def test_a_batch_through_a_bank(cuda_ops):
     """What draw_augment draws, with clips of two lengths in a ring that has wrapped."""
     bank = MemoryBank(5)

@@ -64,6 +64,7 @@ def test_update(cuda_ops, shapes, dtype, momentum, teacher_offset, student_offse
     assert_same(ours, teacher)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_every_half_precision_value(cuda_ops, dtype, offset):
@@ -80,6 +81,7 @@ def test_every_half_precision_value(cuda_ops, dtype, offset):
     torch.testing.assert_close(teacher, student.float() / 2, rtol=0, atol=0, equal_nan=True)  # infinity is no NaN
 
 
+@pytest.mark.sanitize
 def test_more_tensors_than_a_table_holds(cuda_ops):
     n = 2 * TABLE + 3
     teacher, student = [randn((1 + i % 5,)) for i in range(n)], [randn((1 + i % 5,)) for i in range(n)]
@@ -91,6 +93,7 @@ def test_more_tensors_than_a_table_holds(cuda_ops):
     assert norm.item() == pytest.approx(on_cpu.grad_norm(teacher).item(), rel=tolerances.GRAD_NORM_RTOL)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tensors_off_the_boundary_of_their_vectors(cuda_ops, dtype):
     """Each offset on its own and beside an aligned one: four elements at a time only where both allow it."""
@@ -143,6 +146,7 @@ def test_step(cuda_ops, entries, offset, momentum, scale, hf, first, grad_dtype,
     assert_same(flat(ours), flat(cpu))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("offset", [0, 1])
 def test_a_copy_rounds_every_kind_of_value(cuda_ops, offset):
     """Of a parameter without gradient: its bits as they are, signalling NaN too."""
@@ -158,6 +162,7 @@ def test_a_copy_rounds_every_kind_of_value(cuda_ops, offset):
     assert torch.equal(ours[6][0].cpu().isnan(), p.isnan())
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("offset", [1, 2, 4])
 def test_different_offsets_and_gradients_in_one_launch(cuda_ops, offset):
     """Every pointer once off the 16-byte boundary; float32 gradients beside bfloat16 ones."""
@@ -187,6 +192,7 @@ def test_parameters_without_elements_count_their_steps(cuda_ops):
     assert [s.item() for s in ours[4]] == [1.0, 2.0]
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("hf", [False, True])
 def test_five_steps(cuda_ops, hf):
     """Chunks, their end and an unaligned tensor, with rates that change, against the CPU."""
@@ -202,6 +208,7 @@ def test_five_steps(cuda_ops, hf):
     assert [s.item() for s in ours[4]] == [5.0, 6.0, 7.0]
 
 
+@pytest.mark.sanitize
 def test_same_bits_twice_and_in_any_order(cuda_ops):
     lists = step_arguments([(3 * CHUNK + 5,), (100,)], [(True,) * 4] * 2)
     grads = [randn((5 * NORM_CHUNK + 3,)), randn((99,), dtype=torch.bfloat16)]
@@ -262,6 +269,7 @@ def test_grad_norm(cuda_ops, entries, offset, order):
     assert norm.item() == pytest.approx(reference.grad_norm(grads).item(), rel=tolerances.GRAD_NORM_RTOL)
 
 
+@pytest.mark.sanitize
 def test_grad_norm_of_large_and_odd_values(cuda_ops):
     grads = move(cuda_ops, [[randn((NORM_CHUNK + 1,)), torch.full((5,), 1e30), torch.full((3,), 1e-30)]])[0]
     norm = cuda_ops.ops.grad_norm(grads)

@@ -62,6 +62,7 @@ def test_golden(cuda_ops, name, n_mels, win_length, clip):
         torch.testing.assert_close(y, t[key], rtol=0, atol=bound)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("n_fft", [512, 1024, 2048])
 def test_error_against_float64(cuda_ops, n_fft):
     args = arguments(speech_like(24000)[None], n_fft=n_fft, minmax=None)
@@ -106,11 +107,21 @@ def test_ragged_clips_are_as_if_alone(cuda_ops, lengths, is_int16):
         assert (row[:, frames:] == 0).all()
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("n_fft, hop", [(512, 77), (1024, 333), (2048, 1)])
+def test_an_odd_hop(cuda_ops, n_fft, hop):
+    """A frame's samples are read one at a time, for they may begin anywhere."""
+    args = arguments(speech_like(n_fft + 3 * hop)[None], n_fft=n_fft, hop=hop, minmax=None)
+    assert (run(cuda_ops, args) - on_cpu(args)).abs().max() <= tol.MEL_80_DB
+
+
+@pytest.mark.sanitize
 def test_int16_is_the_same_as_its_float(cuda_ops):
     x = (speech_like(5000) * 32767).to(torch.int16)[None]
     assert torch.equal(run(cuda_ops, arguments(x)), run(cuda_ops, arguments(x / 32768)))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("rank", ["first", "last"])
 def test_clips_of_a_batch_have_floors_of_their_own(cuda_ops, rank):
     """Far more tiles than blocks; a loud clip must not raise the floor of the others."""
@@ -123,6 +134,7 @@ def test_clips_of_a_batch_have_floors_of_their_own(cuda_ops, rank):
         assert torch.equal(row, run(cuda_ops, arguments(clip[None]))[0])
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("n_mels, dense", [(5, True), (64, True), (300, False), (1024, False)])
 def test_any_filterbank(cuda_ops, n_mels, dense):
     """Weights everywhere, more filters than threads, filters without a bin, negative weights."""
@@ -179,11 +191,13 @@ def test_nan_and_infinity_stay_in_their_clip(cuda_ops, bad):
     assert torch.equal(z[[0, 1, 3]], y[[0, 1, 3]])
 
 
+@pytest.mark.sanitize
 def test_silence(cuda_ops):
     y = run(cuda_ops, arguments(torch.zeros(2, 2000)))
     torch.testing.assert_close(y, torch.full_like(y, 2 * (-100 - MIN) / (MAX - MIN) - 1), rtol=0, atol=tol.MEL_CONSTANT)
 
 
+@pytest.mark.sanitize
 def test_an_impossible_length_on_the_device_is_nan_in_its_clip_alone(cuda_ops):
     x = speech_like(5 * 3000).reshape(5, 3000)
     y = run(cuda_ops, arguments(x, lengths=torch.tensor([3000, 3001, 512, -1, 2000])))

@@ -8,6 +8,7 @@ import ctypes
 import fcntl
 import functools
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -37,6 +38,8 @@ WRAPPED = [f"-Wl,--wrap={name}" for name in ("memcpy", "memmove", "memset")]  # 
 def unavailable():
     """Why the shim cannot be built here, or None."""
     cxx = setup.tool("CXX")
+    if shutil.which(cxx) is None:
+        return f"the shim needs gcc, and there is no {cxx}"
     macros = subprocess.run([cxx, "-dM", "-E", "-x", "c++", "-"], input="", capture_output=True, text=True).stdout
     if "__GNUC__" not in macros or "__clang__" in macros:
         return f"the shim needs gcc, and the compiler is {cxx}"
