@@ -69,7 +69,9 @@ def mel(record: static.Record, pattern: str) -> float:
     groups have 196 bins in all, rounded up as log_mel_tables.cuh rounds them. What is around it is done once a group.
     """
     transform = max(record.sections, key=lambda code: code.count(_FP32))
-    samples, products = loop(record, LDG=16, STS=16, FMUL=0), loop(record, FFMA=32)
+    products = loop(record, FFMA=32)
+    staging = [code for code in record.loops if [code.count(name) for name in ("LDG", "STS", "FMUL")] == [16, 16, 0]]
+    samples = min(staging, key=lambda code: code.length)  # the longer one reflects, at the ends of a clip
     around = min((code for code in record.loops if code.holds(products)), key=lambda code: code.length)
     once = sum(_count(code, pattern) for code in (transform, samples, around)) - _count(products, pattern)
     return (8 * once + 196 / 8 * _count(products, pattern)) * 32 / 16

@@ -64,7 +64,10 @@ class CudaOps:
         self.device = "cuda" if where == "gpu" else "cpu"
 
     def to(self, x):
-        return x.to(self.device)
+        """On the device, with the same strides."""
+        if x.is_contiguous():
+            return x.to(self.device)
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=self.device).copy_(x)
 
     def schedule(self, order, seed=0):
         """The order of blocks and threads for the rest of the test: forward, reverse, shuffled. A GPU has its own."""

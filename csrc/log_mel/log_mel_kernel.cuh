@@ -43,19 +43,50 @@ __device__ __forceinline__ float as_sample(float x) { return x; }
 __device__ __forceinline__ float as_sample(int16_t x) { return static_cast<float>(x) * (1.0f / 32768); }
 
 // Samples [start, start + count) of a clip of n, reflected at both ends; zeros where even that does not reach (frames
-// past the last one).
-template <class T>
+// past the last one). All of a thread's are loaded, from an index that is always in range, before the first is used.
+template <bool kInside, class T>
 __device__ __forceinline__ void stage_samples(const T* wave, int64_t n, int64_t start, int count, float* to) {
-  if (start >= 0 && start + count <= n) {
-#pragma unroll 16
-    for (int i = threadIdx.x; i < count; i += kMelThreads) to[i] = as_sample(__ldg(wave + start + i));
-    return;
+  constexpr int batch = 16;
+  wave += start;
+  // where the clip begins and ends, seen from the tile
+  const int first = start < 0 ? static_cast<int>(-start) : 0,
+            end = n - start < count ? static_cast<int>(n - start) : count;
+  for (int base = threadIdx.x; base < count; base += batch * kMelThreads) {
+    T v[batch];
+    bool reached[batch];
+#pragma unroll
+    for (int j = 0; j < batch; ++j) {
+      int i = min(base + j * kMelThreads, count - 1);
+      if constexpr (!kInside) {
+        i = i < first ? 2 * first - i : i;
+        i = i >= end ? 2 * (end - 1) - i : i;
+        reached[j] = i >= first && i < end;
+        i = reached[j] ? i : first;
+      }
+      v[j] = __ldg(wave + i);
+    }
+#pragma unroll
+    for (int j = 0; j < batch; ++j) {
+      const int i = base + j * kMelThreads;
+      if (i < count) to[i] = kInside || reached[j] ? as_sample(v[j]) : 0.0f;
+    }
   }
-  for (int i = threadIdx.x; i < count; i += kMelThreads) {
-    int64_t j = start + i < 0 ? -(start + i) : start + i;
-    j = j >= n ? 2 * (n - 1) - j : j;
-    to[i] = j >= 0 && j < n ? as_sample(__ldg(wave + j)) : 0.0f;
-  }
+}
+
+template <class T>
+__device__ __forceinline__ void stage_tile(const T* wave, int64_t n, int64_t start, int count, float* to) {
+  if (start >= 0 && start + count <= n)
+    stage_samples<true>(wave, n, start, count, to);
+  else
+    stage_samples<false>(wave, n, start, count, to);
+}
+
+// Frames of a clip: as many as its length gives, none at length 0, -1 where the length is impossible.
+template <int G>
+__device__ __forceinline__ int64_t frames_of(const LogMelArgs& a, int64_t row) {
+  const int64_t n = a.lengths ? __ldg(a.lengths + row) : a.samples;
+  if (n == 0) return 0;
+  return n > MelShape<G>::points && n <= a.samples ? n / a.hop + 1 : -1;
 }
 
 // Where the powers of a tile's frame start. In step 2 the frames of a warp store side by side, so they lie G banks
@@ -270,10 +301,9 @@ __device__ void finish_group(const LogMelArgs& a, int g) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int i = warp; i < a.group * a.tiles; i += kMelThreads / 32) {
     const int item = g * a.group * a.tiles + i;
-    const int64_t row = item / a.tiles, n = a.lengths ? __ldg(a.lengths + row) : a.samples,
-                  valid = n > 0 ? n / a.hop + 1 : 0;
+    const int64_t row = item / a.tiles;
     const int64_t t = int64_t(item % a.tiles) * frames + lane % frames;
-    if (__ldcg(a.tile_min + item) >= floor || t >= valid) continue;
+    if (__ldcg(a.tile_min + item) >= floor || t >= frames_of<G>(a, row)) continue;
     // several loads in flight: a store between them could change, for all the compiler knows, what they load
     constexpr int batch = 8;
     float* out = a.out + (row * a.n_mels + lane / frames) * a.frames + t;
@@ -300,17 +330,16 @@ __global__ void __launch_bounds__(kMelThreads, 2) log_mel_kernel(const __grid_co
   for (int item = blockIdx.x;; item += gridDim.x) {
     const bool more = item < a.items;
     const int64_t row = item / a.tiles, t0 = int64_t(item % a.tiles) * Shape::frames;
-    const int64_t n = !more || !a.lengths ? a.samples : __ldg(a.lengths + row);
-    const bool possible = n == 0 || (n > Shape::points && n <= a.samples);
-    const int64_t valid = possible && n > 0 ? n / a.hop + 1 : 0;
-    const bool active = more && t0 < valid;
+    const int64_t valid = more ? frames_of<G>(a, row) : 0;
+    const bool active = t0 < valid;
     if (active) {
+      const int64_t n = a.lengths ? __ldg(a.lengths + row) : a.samples;
       const int64_t start = t0 * a.hop - Shape::points;
       const int count = (Shape::frames - 1) * a.hop + Shape::n_fft;
       if (a.is_int16)
-        stage_samples(static_cast<const int16_t*>(a.wave) + row * a.samples, n, start, count, s.samples);
+        stage_tile(static_cast<const int16_t*>(a.wave) + row * a.samples, n, start, count, s.samples);
       else
-        stage_samples(static_cast<const float*>(a.wave) + row * a.samples, n, start, count, s.samples);
+        stage_tile(static_cast<const float*>(a.wave) + row * a.samples, n, start, count, s.samples);
     }
     __syncthreads();
     // the tile before is written: one thread says so while the others transform this one
@@ -323,7 +352,7 @@ __global__ void __launch_bounds__(kMelThreads, 2) log_mel_kernel(const __grid_co
     if (active)
       mel_tile<G>(a, s, row, t0, valid);
     else
-      fill_tile<G>(a, s, row, t0, possible ? 0.0f : __int_as_float(0x7fc00000));
+      fill_tile<G>(a, s, row, t0, valid < 0 ? __int_as_float(0x7fc00000) : 0.0f);
     before = item;
   }
 }

@@ -97,15 +97,23 @@ __device__ void make_mel_tables(const LogMelArgs& a, const MelShared<G>& s) {
   for (int m = tid; m < a.n_mels; m += kMelThreads) s.first[m] = bins, s.last[m] = -1;
   if (tid == 0) s.flags[0] = 0, s.flags[1] = -1;
   __syncthreads();
-  // a thread reads one column, every `step`-th row of it: coalesced, and many loads in flight
+  // a thread reads one column, every `step`-th row of it: coalesced, and in few batches of loads that do not wait for
+  // one another (n_fft 1024, 64 filters: 129 rows in three)
+  constexpr int batch = 43;
   const int columns = a.n_mels < kMelThreads ? a.n_mels : kMelThreads, step = kMelThreads / columns;
   for (int m = tid % columns; m < a.n_mels && tid / columns < step; m += columns) {
     int first = bins, last = -1;
-#pragma unroll 32
-    for (int k = tid / columns; k < bins; k += step) {
-      const bool used = __ldg(a.fb + int64_t(k) * a.n_mels + m) != 0.0f;
-      first = used && k < first ? k : first;
-      last = used ? k : last;
+    for (int k0 = tid / columns; k0 < bins; k0 += batch * step) {
+      float v[batch];
+#pragma unroll
+      for (int j = 0; j < batch; ++j) v[j] = __ldg(a.fb + int64_t(min(k0 + j * step, bins - 1)) * a.n_mels + m);
+#pragma unroll
+      for (int j = 0; j < batch; ++j) {
+        const int k = k0 + j * step;
+        const bool used = v[j] != 0.0f && k < bins;
+        first = used && k < first ? k : first;
+        last = used ? k : last;
+      }
     }
     atomicMin(s.first + m, first);
     atomicMax(s.last + m, last);
@@ -143,10 +151,19 @@ __device__ void make_mel_tables(const LogMelArgs& a, const MelShared<G>& s) {
   for (int g = tid / 32; g < groups; g += kMelThreads / 32) {
     // four bins of the first filter, four of the second, ...: 16 bytes to a lane, in one row of the banks
     const int m = g * kMelGroup + tid % 32 / 4, count = longest(g);
-    for (int i = 0; m < a.n_mels && i < count; i += 4) {
-      const int k = MelRun(s, m).start + i + tid % 4;
-      const bool used = k >= s.first[m] && k <= s.last[m];
-      s.weights[s.offset[g] + kMelGroup * i + tid % 32] = used ? __ldg(a.fb + int64_t(k) * a.n_mels + m) : 0.0f;
+    if (m >= a.n_mels) continue;
+    const int start = MelRun(s, m).start + tid % 4, first = s.first[m], last = s.last[m];
+    float* weights = s.weights + s.offset[g] + tid % 32;
+    for (int i0 = 0; i0 < count; i0 += 4 * 16) {
+      float v[16];
+#pragma unroll
+      for (int j = 0; j < 16; ++j)
+        v[j] = __ldg(a.fb + int64_t(min(max(start + i0 + 4 * j, 0), bins - 1)) * a.n_mels + m);
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        const int i = i0 + 4 * j, k = start + i;
+        if (i < count) weights[kMelGroup * i] = k >= first && k <= last ? v[j] : 0.0f;
+      }
     }
   }
 }

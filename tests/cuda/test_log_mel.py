@@ -198,11 +198,43 @@ def test_silence(cuda_ops):
 
 
 @pytest.mark.sanitize
-def test_an_impossible_length_on_the_device_is_nan_in_its_clip_alone(cuda_ops):
-    x = speech_like(5 * 3000).reshape(5, 3000)
-    y = run(cuda_ops, arguments(x, lengths=torch.tensor([3000, 3001, 512, -1, 2000])))
-    assert torch.isnan(y[1:4]).all()
-    assert torch.equal(y[[0, 4]], run(cuda_ops, arguments(x[[0, 4]], lengths=torch.tensor([3000, 2000]))))
+@pytest.mark.parametrize("n_fft", [512, 1024, 2048])
+@pytest.mark.parametrize("bad", [3001, 256, 10**6, 2**62, -1, -(2**63)])
+def test_an_impossible_length_on_the_device_is_nan_in_its_clip_alone(cuda_ops, n_fft, bad):
+    x = speech_like(4 * 3000).reshape(4, 3000)
+    y = run(cuda_ops, arguments(x, n_fft=n_fft, lengths=torch.tensor([3000, bad, 2000, bad])))
+    assert torch.isnan(y[[1, 3]]).all()
+    good = arguments(x[[0, 2]], n_fft=n_fft, lengths=torch.tensor([3000, 2000]))
+    assert torch.equal(y[[0, 2]], run(cuda_ops, good))
+
+
+@pytest.mark.parametrize("n_fft, hop", [(512, 7), (512, 512), (1024, 77), (1024, 1023), (2048, 101), (2048, 2048)])
+def test_any_hop(cuda_ops, n_fft, hop):
+    args = arguments(speech_like(4001)[None], n_fft=n_fft, hop=hop, minmax=None)
+    assert (run(cuda_ops, args) - on_cpu(args)).abs().max() <= tol.MEL_80_DB
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_a_clip_that_ends_with_a_tile_ends_there(cuda_ops, beyond):
+    """The second tile's samples are the clip's last ones, all but one, or one beyond them."""
+    n = 16 * 160 - 512 + 15 * 160 + 1024 - beyond
+    x = speech_like(2 * n).reshape(2, n) + torch.tensor([[0.0], [0.5]])
+    args = arguments(x)
+    args[-1] = 1
+    y = run(cuda_ops, args)
+    for row, clip in zip(y, x):
+        assert torch.equal(row, run(cuda_ops, arguments(clip[None]))[0])
+
+
+def test_what_lies_past_the_last_frame_is_not_the_loudest(cuda_ops):
+    """A click that only a frame after the last one would have in its middle."""
+    n = 20 * 160 + 159
+    x = torch.zeros(1, 5000)
+    x[0, : n - 160] = 1e-4 * torch.randn(n - 160)
+    x[0, n - 1] = 1.0
+    settings = {"top_db": 20.0, "n_fft": 512}
+    y = run(cuda_ops, arguments(x, lengths=torch.tensor([n]), **settings))
+    assert torch.equal(y[0, :, :21], run(cuda_ops, arguments(x[:, :n].contiguous(), **settings))[0])
 
 
 def test_no_clips(cuda_ops):
