@@ -110,6 +110,29 @@ def test_every_width_of_a_crop(cuda_ops):
     near(run(cuda_ops, *args), cpu(*args))
 
 
+def test_every_scale_over_many_tiles(cuda_ops):
+    """What a tile reads may be one column more than its length times the scale: the widest reads fit into its rows."""
+    bins, frames, canvas = 2, 640, [2, 960]
+    crops = torch.tensor([[0, 0, 2, w] for w in range(641, 961)])
+    n = len(crops)
+    mel = uniform((n, 1, bins, frames), torch.Generator().manual_seed(0))
+    args = [mel, mel[:0, 0], crops[:0, 0], torch.full((n,), -1), torch.zeros(n).long(), torch.zeros(n), crops, canvas]
+    near(run(cuda_ops, *args), cpu(*args))
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize("frames", [64, 128])
+def test_a_partner_that_misses_one_column(cuda_ops, frames, quiet):
+    """Of a group of columns that one warp mixes: the first or the last, where only the epsilon is added."""
+    generator = torch.Generator().manual_seed(7)
+    mel, bank = (uniform(shape, generator) - 15 * quiet for shape in ((2, 1, 3, frames), (1, 3, frames)))
+    lengths, partner, start = torch.tensor([frames - 1]), torch.zeros(2).long(), torch.tensor([0, 1])
+    crop = torch.tensor([[0, 0, 3, frames]] * 2)
+    args = [mel, bank, lengths, partner, start, torch.tensor([0.4, 0.9]), crop, [3, frames]]
+    bound = tol.AUGMENT_QUIET if quiet else tol.AUGMENT
+    torch.testing.assert_close(run(cuda_ops, *args), cpu(*args), rtol=0, atol=bound)
+
+
 def golden_args(x, crop, canvas, z=None, start=0, alpha=0.0):
     bank = x[:0] if z is None else z
     lengths = torch.full((len(bank),), bank.shape[2])
