@@ -104,6 +104,7 @@ bench: build
 GPU_PY := $(if $(findstring /,$(GPU_PYTHON)),$(abspath $(GPU_PYTHON)),$(GPU_PYTHON))
 GPU_ENV := PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin" PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}"
 GPU := $(GPU_ENV) $(GPU_PY)
+GPU_PLOT := $(GPU) -m benchmarks.plot || echo "no picture was drawn (it needs matplotlib)"
 gpu: gpu-test gpu-bench-ops gpu-bench-step gpu-sanitize
 gpu-sanitize: $(GPU_CHECKS)
 .NOTPARALLEL: gpu gpu-sanitize
@@ -134,12 +135,13 @@ $(GPU_CHECKS): gpu-%: gpu-build
 
 gpu-bench-ops: gpu-build
 	@echo "== operators on the GPU"
-	$(GPU) -m pytest benchmarks/gpu --benchmark-enable --ignore benchmarks/gpu/bench_step.py
-	@$(GPU) -m benchmarks.plot || echo "no picture was drawn (it needs matplotlib)"
+	$(GPU) -m pytest benchmarks/gpu --benchmark-enable -rs --ignore benchmarks/gpu/bench_step.py
+	@$(GPU_PLOT)
 
 gpu-bench-step: gpu-build
 	@echo "== training steps on the GPU"
-	$(GPU) -m pytest benchmarks/gpu/bench_step.py --benchmark-enable
+	$(GPU) -m pytest benchmarks/gpu/bench_step.py --benchmark-enable -rs
+	@$(GPU_PLOT)
 
 clean:
 	rm -rf build atst_fast/_C.*.so atst_fast/kernels *.egg-info

@@ -71,12 +71,13 @@ def pytest_terminal_summary(terminalreporter, config):
     if not config.getoption("benchmark_enable"):
         return
     on_cpu = [b for b in session.benchmarks if b.stats.data and not b.has_error] if session else []
-    on_gpu = config.stash.get(report.GPU_CASES, [])
-    for device, cases, describe in (("CPU", on_cpu, machine.describe), ("GPU", on_gpu, machine.describe_gpu)):
-        if not cases:
-            continue
-        terminalreporter.write_line(f"\nmeasuring this {device}'s bandwidth and sgemm rate ...")
-        result = report.collect(cases, describe())
+    results = []
+    if on_cpu:
+        terminalreporter.write_line("\nmeasuring this machine's bandwidth and sgemm rate ...")
+        results.append(report.collect(on_cpu, machine.describe()))
+    if on_gpu := config.stash.get(report.GPU_CASES, []):
+        results.append(report.collect(on_gpu, config.stash[report.GPU_MACHINE]))
+    for result in results:
         for line in report.tables(result):
             terminalreporter.write_line(line)
         terminalreporter.write_line(f"\nwritten to {report.save(result)}")

@@ -3,8 +3,8 @@
 Prints the table of docs/gpu_budget.md; ``--write`` puts it there. Bytes and shared-memory wavefronts are those that the
 kernels' files derive; instructions are counted in the machine code that nvcc makes for sm_90 (tests/cuda/static.py), in
 the loop that does the work. A time is the longest of five, as if each resource were busy without a pause and nothing
-else mattered: a prediction, not a measurement. What was measured comes from the newest result of an H200 under
-benchmarks/results, if there is one.
+else mattered: a prediction, not a measurement. What was measured comes from the newest results of an H200 under
+benchmarks/results, if there are any.
 """
 
 import argparse
@@ -135,13 +135,13 @@ def times(work: Work, record: static.Record) -> dict[str, float]:
 
 
 def measured(work: Work) -> str:
-    paths = [p for p in RESULTS.glob("*h200*/*.json") if work.measured]
-    if not paths or work.measured is None:
-        return "not measured"
-    group, name, params = work.measured
-    for case in json.loads(max(paths, key=lambda p: p.name).read_text())["cases"]:
-        if case["group"] == group and case["name"].split("[")[0] == name and params.items() <= case["params"].items():
-            return _ms(case["median_s"])
+    """By the newest result that has the case: operators and steps are measured by runs of their own."""
+    group, name, params = work.measured or (None, None, {})
+    for path in sorted(RESULTS.glob("*h200*/*.json"), key=lambda p: p.name, reverse=True):
+        for case in json.loads(path.read_text())["cases"]:
+            same = case["group"] == group and case["name"].split("[")[0] == name
+            if same and params.items() <= case["params"].items():
+                return _ms(case["median_s"])
     return "not measured"
 
 

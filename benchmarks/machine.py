@@ -1,5 +1,6 @@
 """What this machine or its GPU is, and what it can do at most: bandwidths and sgemm rate, measured now."""
 
+import hashlib
 import os
 import platform
 import statistics
@@ -16,6 +17,7 @@ import atst_fast
 from benchmarks.gpu import timing
 
 ROOT = Path(__file__).parent.parent
+_CODE = {".py", ".cpp", ".h", ".cu", ".cuh"}
 
 
 def describe() -> dict:
@@ -31,29 +33,31 @@ def describe() -> dict:
 def describe_gpu() -> dict:
     """The same of the first GPU: its name, multiprocessors, clocks, driver, and its own rates."""
     info, gpu = atst_fast.build_info(), torch.cuda.get_device_properties(0)
-    clocks = nvidia_smi()
     software = _software(info)
-    software["versions"] |= {"cuda": torch.version.cuda, "driver": clocks.pop("driver_version", "unknown")}
-    software["versions"]["triton"] = _version("triton")
     stopwatch = timing.Cuda()
 
     def median(call):
         return timing.launched(call, stopwatch, budget=0.5).median
 
+    rates = {
+        **bandwidths(1 << 28, "cuda", median),
+        "sgemm_flops": sgemm_rate(8192, "cuda", median),
+        "bf16_flops": sgemm_rate(8192, "cuda", median, torch.bfloat16),
+    }
+    clocks = nvidia_smi()  # now, for an idle GPU clocks itself down
+    software["versions"] |= {"cuda": torch.version.cuda, "driver": clocks.pop("driver_version", "unknown")}
+    software["versions"]["triton"] = _version("triton")
     return {
         "device": {
             "name": gpu.name,
             "cores": gpu.multi_processor_count,
             "isa": f"sm_{gpu.major}{gpu.minor}",
             "kernels": info["cuda"],
+            "tf32": torch.backends.cuda.matmul.allow_tf32,  # of float32 products; some containers switch it on
             **clocks,
         },
         **software,
-        "rates": {
-            **bandwidths(1 << 28, "cuda", median),
-            "sgemm_flops": sgemm_rate(8192, "cuda", median),
-            "bf16_flops": sgemm_rate(8192, "cuda", median, torch.bfloat16),
-        },
+        "rates": rates,
     }
 
 
@@ -107,8 +111,7 @@ def bandwidths(elements: int = 1 << 26, device: str = "cpu", median: Callable | 
 def sgemm_rate(
     n: int = 2048, device: str = "cpu", median: Callable | None = None, dtype: torch.dtype = torch.float32
 ) -> float:
-    """Floating-point operations per second of a matrix product; float32 ones without TF32, which is torch's default."""
-    assert dtype != torch.float32 or not torch.backends.cuda.matmul.allow_tf32
+    """Floating-point operations per second of a matrix product."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * n**3 / (median or _median)(lambda: torch.mm(a, b, out=out))
@@ -133,13 +136,24 @@ def _cpu_model() -> str:
 
 
 def _commit() -> dict:
-    """The commit, and whether files differ from it; unknown outside of a git checkout."""
+    """The commit, and whether files differ from it. In a copy without git: what ATST_COMMIT says, or a hash of the
+    files that are measured, which says at least whether two results are of the same ones."""
+    if named := os.environ.get("ATST_COMMIT"):
+        return {"id": named, "dirty": False}
     try:
         name = _git("rev-parse", "--short=10", "HEAD").strip()
         dirty = bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results").strip())
     except (OSError, subprocess.CalledProcessError):
-        return {"id": "unknown", "dirty": False}
+        return {"id": f"files-{_hash()}", "dirty": False}
     return {"id": name, "dirty": dirty}
+
+
+def _hash() -> str:
+    paths = [path for folder in ("atst_fast", "csrc", "benchmarks") for path in (ROOT / folder).rglob("*.*")]
+    total = hashlib.sha256()
+    for path in sorted(p for p in paths if p.suffix in _CODE):
+        total.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()[:10]
 
 
 def _git(*args: str) -> str:

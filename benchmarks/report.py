@@ -1,4 +1,4 @@
-"""One run as one JSON file and as tables.
+"""One run as one JSON file and as tables: ``python -m benchmarks.report FILE`` prints those of a file.
 
 The JSON: what machine.describe() returns, ``date``, and ``cases``, each with ``group``, ``name``, ``params``,
 ``median_s``, ``iqr_s``, ``min_s``, ``rounds``, the ``extra_info`` of the benchmark, ``floor_s`` (null where neither
@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 RESULTS = Path(__file__).parent / "results"
 OURS = "atst_fast"
 GPU_CASES = pytest.StashKey[list]()  # where benchmarks/gpu/conftest.py leaves the cases of a run
+GPU_MACHINE = pytest.StashKey[dict]()  # and the machine, with the run's date
 
 
 def collect(benchmarks: Iterable, machine: dict) -> dict:
@@ -26,8 +28,11 @@ def collect(benchmarks: Iterable, machine: dict) -> dict:
     for case in cases:
         ours = [c for c in cases if _comparison(c) == _comparison(case) and c["params"].get("provider") == OURS]
         case["ratio_to_atst_fast"] = case["median_s"] / ours[0]["median_s"] if ours else None
-    date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    return {"date": date, **machine, "cases": cases}
+    return {"date": now(), **machine, "cases": cases}
+
+
+def now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _case(benchmark, rates: dict) -> dict:
@@ -95,7 +100,7 @@ def tables(result: dict) -> list[str]:
         + (" with changes" if result["commit"]["dirty"] else ""),
         f"copy {rates['copy_bytes_per_s'] / 1e9:.1f}, a += b {rates['add_bytes_per_s'] / 1e9:.1f}, "
         f"a *= c {rates['scale_bytes_per_s'] / 1e9:.1f} GB/s, "
-        f"sgemm {rates['sgemm_flops'] / 1e9:.0f} GFLOP/s"
+        f"sgemm{' (TF32)' if result['device'].get('tf32') else ''} {rates['sgemm_flops'] / 1e9:.0f} GFLOP/s"
         + (f", bfloat16 {rates['bf16_flops'] / 1e12:.0f} TFLOP/s" if "bf16_flops" in rates else ""),
     ]
     for group in dict.fromkeys(c["group"] for c in result["cases"]):
@@ -155,3 +160,7 @@ def _time(seconds: float) -> str:
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}" if seconds < 1000 * scale else f"{seconds / scale:.0f} {unit}"
     return f"{seconds * 1e6:.3g} us"
+
+
+if __name__ == "__main__":
+    print("\n".join(tables(json.loads(Path(sys.argv[1]).read_text()))))

@@ -2,13 +2,15 @@
 
 import functools
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import card, machine, report
-from benchmarks.gpu import bench_augment, bench_ema, bench_log_mel, bench_step, timing
+from benchmarks.gpu import bench_augment, bench_ema, bench_log_mel, bench_step, conftest, timing
 from tests import tolerances
 from tests.cuda.test_augment import make_case
 
@@ -154,6 +156,33 @@ def test_a_run_on_a_gpu_is_one_file_under_its_name(tmp_path, monkeypatch):
     assert [c["ratio_to_atst_fast"] for c in result["cases"]] == [1.0, 6.0]
 
 
+def test_every_case_is_written_when_it_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    stash = pytest.Stash()
+    stash[report.GPU_MACHINE] = {key: value for key, value in gpu_result().items() if key != "cases"}
+    for n, provider in enumerate(("atst_fast", "torch_stft"), 1):
+        item = SimpleNamespace(name=f"test_log_mel[{provider}]", config=SimpleNamespace(stash=stash))
+        item.callspec = SimpleNamespace(params={"provider": provider})
+        item.get_closest_marker = lambda name: SimpleNamespace(kwargs={"group": "log_mel"})
+        conftest.keep(item, timing.Stats(n * 1e-3, 0.0, 1e-3, 11), bench_log_mel.work("batch", "float32"))
+        (path,) = tmp_path.rglob("*.*")
+        assert len(json.loads(path.read_text())["cases"]) == n
+    command = [sys.executable, "-m", "benchmarks.report", path]
+    said = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=True).stdout
+    assert "torch_stft    2 ms" in said
+
+
+def test_a_copy_without_git_is_known_by_its_files(monkeypatch):
+    def no_git(*_):
+        raise FileNotFoundError
+
+    monkeypatch.delenv("ATST_COMMIT", raising=False)
+    monkeypatch.setattr(machine, "_git", no_git)
+    assert machine._commit() == {"id": f"files-{machine._hash()}", "dirty": False}
+    monkeypatch.setenv("ATST_COMMIT", "abc")
+    assert machine._commit() == {"id": "abc", "dirty": False}
+
+
 def test_roofline(tmp_path):
     pytest.importorskip("matplotlib")
     from benchmarks import plot
@@ -201,14 +230,14 @@ def test_what_a_gpu_run_says_of_its_machine(monkeypatch):
     properties = SimpleNamespace(name="Some GPU", multi_processor_count=132, major=9, minor=0, L2_cache_size=1 << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(timing, "Cuda", Clock)
-    monkeypatch.setattr(machine, "nvidia_smi", lambda: {"driver_version": "580", "clocks_sm": "1980"})
     asked = []
+    monkeypatch.setattr(machine, "nvidia_smi", lambda: {"driver_version": "580", "clocks_sm": str(len(asked))})
     monkeypatch.setattr(machine, "bandwidths", lambda *a: asked.append(a[1]) or {"copy_bytes_per_s": 4e12})
     monkeypatch.setattr(machine, "sgemm_rate", lambda n, device, median, *dtype: asked.append((device, *dtype)) or 1.0)
     says = machine.describe_gpu()
     assert says["device"]["name"] == "Some GPU"
     assert says["device"]["isa"] == "sm_90"
-    assert says["device"]["clocks_sm"] == "1980"
+    assert says["device"]["clocks_sm"] == "3"  # read after the products, which keep the GPU from idling
     assert says["versions"]["driver"] == "580"
     assert asked == ["cuda", ("cuda",), ("cuda", torch.bfloat16)]
 

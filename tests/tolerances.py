@@ -74,6 +74,9 @@ GOLDEN_ULPS = 4 * 2**-23
 # Whole networks, ours against the plain structure in the same float32: sums of up to 4096 terms in another order,
 # carried through a few blocks and batch statistics; relative to the largest value of each tensor.
 NETWORK_RTOL = 5e-5
+# The same network on a GPU: other kernels for everything, and gradients that the batch statistics nearly cancel. Not
+# measured there yet; a wrong mask or index is off by orders more.
+GPU_NETWORK_RTOL = 1e-3
 # Sums of up to 12,288 final weights: what two orders of summation in the reference itself leave after five steps.
 GOLDEN_CHECKSUM = 1e-3
 # One small network on rows of the same content in another batch, selection or graph, or a block and its golden tensors:

@@ -6,15 +6,17 @@ import pytest
 import torch
 
 import atst_fast
+from benchmarks import machine, report
 from benchmarks.gpu import timing
-from benchmarks.report import GPU_CASES
 
 if not torch.cuda.is_available() or atst_fast.build_info()["cuda"].startswith("none"):
     collect_ignore_glob = ["bench_*.py"]
 
 
 @pytest.fixture(scope="session")
-def gpu():
+def gpu(request):
+    """The stopwatch; what the machine is and can do is measured before the first case, whatever becomes of the GPU."""
+    request.config.stash[report.GPU_MACHINE] = {"date": report.now(), **machine.describe_gpu()}
     return timing.Cuda()
 
 
@@ -27,10 +29,17 @@ def measure(request):
             call()
             torch.cuda.synchronize()
             return
-        stats = getattr(timing, way)(call, request.getfixturevalue("gpu"))
-        group = request.node.get_closest_marker("benchmark").kwargs["group"]
-        case = SimpleNamespace(group=group, name=request.node.name, params=dict(request.node.callspec.params))
-        case.extra_info, case.stats = extra_info, stats
-        request.config.stash.setdefault(GPU_CASES, []).append(case)
+        keep(request.node, getattr(timing, way)(call, request.getfixturevalue("gpu")), extra_info)
 
     return run
+
+
+def keep(item, stats, extra_info):
+    """Add a case to the result, and write it: a run that is killed, or whose GPU fails, leaves what it has."""
+    group = item.get_closest_marker("benchmark").kwargs["group"]
+    case = SimpleNamespace(group=group, name=item.name, params=dict(item.callspec.params))
+    case.extra_info, case.stats = extra_info, stats
+    stash = item.config.stash
+    cases = stash.setdefault(report.GPU_CASES, [])
+    cases.append(case)
+    report.save(report.collect(cases, stash[report.GPU_MACHINE]))

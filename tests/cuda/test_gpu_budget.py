@@ -39,6 +39,14 @@ def test_a_measurement_is_shown_as_soon_as_there_is_one(tmp_path, monkeypatch):
     (tmp_path / "nvidia-h200").mkdir()
     (tmp_path / "nvidia-h200" / "20300101T000000-abc.json").write_text(json.dumps({"cases": [case]}))
     assert gpu_budget.measured(work) == "0.300 ms"
+    step = {"group": "step", "name": "test_step[base-atst_fast]", "median_s": 1.0, "params": case["params"]}
+    (tmp_path / "nvidia-h200" / "20300101T000001-abc.json").write_text(json.dumps({"cases": [step]}))
+    assert gpu_budget.measured(work) == "0.300 ms"
+    assert gpu_budget.measured(gpu_budget.WORK[-1]) == "not measured"
+
+
+def predicted(lines):
+    return [line.split(" | ")[:8] for line in lines]
 
 
 @pytest.mark.skipif(static.missing() is not None, reason=static.missing() or "")
@@ -46,4 +54,5 @@ def test_the_page_shows_what_the_model_says():
     if "release 13.0" not in static.nvcc_version():
         pytest.skip("another nvcc makes other code; the page is about that of CUDA 13.0")
     shown = gpu_budget.DOC.read_text().partition(gpu_budget.MARKS[0])[2].partition(gpu_budget.MARKS[1])[0]
-    assert shown == "\n".join(gpu_budget.table()) + "\n", "run python -m benchmarks.gpu_budget --write"
+    # but for the last column: whoever measures here has not yet written the page
+    assert predicted(shown.splitlines()) == predicted(gpu_budget.table()), "run python -m benchmarks.gpu_budget --write"

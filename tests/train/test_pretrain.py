@@ -56,6 +56,7 @@ def settings(data, out):
         save_every=4,
         log_every=2,
         workers=2,
+        device="cpu",  # bit for bit is a promise for the CPU alone
     )
 
 
