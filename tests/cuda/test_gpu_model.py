@@ -7,7 +7,11 @@ import torch
 
 from atst_fast.models import FrameEncoder
 from atst_fast.optim import AdamWEMA
+from atst_fast.train.front_end import FrontEnd, FrontEndBatch
+from atst_fast.train.step import make_optimizer, train_step
 from tests import tolerances
+from tests.golden import load
+from tests.golden.systems import frame_step
 from tests.models.test_atst_frame import both, random_batch
 
 pytestmark = [
@@ -47,6 +51,34 @@ def test_an_encoder_reads_padded_clips_wherever_their_lengths_are():
         expected = cpu(mel, lengths)
         for where in ("cpu", "cuda"):
             near(gpu(mel.cuda(), lengths.to(where)), expected, f"lengths on {where}")
+
+
+def test_five_steps_are_those_of_the_official_code():
+    t, meta = load("frame_step5")
+    model, schedules = frame_step()
+    optimizer, losses = make_optimizer(model.cuda(), schedules), []
+    for step in range(5):
+        batch = FrontEndBatch(*(t[f"in/step{step}/{k}"].cuda() for k in ("mel0", "mel1", "len0", "mask0")))
+        losses.append(train_step(model, optimizer, schedules, batch, step).loss.item())
+    assert losses == pytest.approx(t["out/loss"].tolist(), rel=tolerances.GOLDEN_LOSS_RTOL)
+    state = model.state_dict()
+    for key in meta["full"]:
+        near(state[key], t[f"out/final/{key}"], key)
+
+
+def test_steps_from_waveforms():
+    """Front end, model and optimizer together: the same seed gives the same losses."""
+
+    def losses():
+        torch.manual_seed(0)
+        model, schedules = frame_step()
+        optimizer, front_end = make_optimizer(model.cuda(), schedules), FrontEnd(bank_size=8).cuda()
+        waves = torch.randn(3, 4, 16000, generator=torch.Generator().manual_seed(1)).mul(0.1).cuda()
+        return [train_step(model, optimizer, schedules, front_end(wave), 20 + i).loss for i, wave in enumerate(waves)]
+
+    first = torch.stack(losses())
+    assert first.isfinite().all()
+    near(torch.stack(losses()), first.cpu(), "losses")
 
 
 def test_pretraining(tmp_path):
