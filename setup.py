@@ -107,7 +107,10 @@ class Cuda(NamedTuple):
         nvcc = (home and shutil.which("nvcc", path=str(Path(home) / "bin"))) or shutil.which("nvcc")
         if nvcc is None:
             return cls(None, [], "none: nvcc was not found when this was built")
-        release = re.search(r"release (\d+)", output(nvcc, "--version")).group(1)
+        said = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+        if said is None:
+            return cls(None, [], f"none: {nvcc} did not say of which CUDA it is when this was built")
+        release = said.group(1)
         if release != torch.version.cuda.split(".")[0]:  # the runtime that is linked would want another driver
             why = f"nvcc was of CUDA {release} when this was built, torch of CUDA {torch.version.cuda}"
             return cls(None, [], f"none: {why}")

@@ -55,6 +55,9 @@ def _no_gpu():
     return None if torch.cuda.is_available() else "no GPU"
 
 
+needs_gpu = pytest.mark.skipif(_no_gpu() is not None, reason=_no_gpu() or "")
+
+
 class CudaOps:
     """Where the CUDA kernels run: .ops, .device, .to(x)."""
 

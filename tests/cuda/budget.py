@@ -13,7 +13,8 @@ class Budget:
     """Of one kernel, whose name is ``<operator's folder>/<name>``; ``*`` stands for any template arguments.
 
     threads: per block as it is launched. registers: at most. shared: dynamic shared memory of a block in bytes, at
-    most. blocks: that a multiprocessor must hold at a time, at least: per architecture or for all. opcodes: how many
+    most. float64: arithmetic instructions at most, none unless it is meant: they run at half the rate, or at a 64th.
+    blocks: that a multiprocessor must hold at a time, at least: per architecture or for all. opcodes: how many
     instructions of a kind there must be (least, most; None: no bound): a modifier narrows ("LDG.128"), a sum widens
     ("FFMA+FMUL").
     """
@@ -21,6 +22,7 @@ class Budget:
     threads: int
     registers: int
     shared: int = 0
+    float64: int = 0
     blocks: int | dict[int, int] = 1
     opcodes: dict[str, tuple[int, int | None]] = field(default_factory=dict)
 
@@ -32,18 +34,30 @@ SOME, NONE = (1, None), (0, 0)
 # 160 and 64 mels; two blocks on sm_90 and sm_100, one in the smaller shared memory of sm_80.
 _MEL = {"HMMA+HGMMA": NONE, "LDS.128": SOME}
 _TWO = {80: 1, 90: 2, 100: 2}
+_ROOTS = 150  # float64 sines of the tables, once per block
 
 BUDGET: dict[str, Budget] = {
     # the largest tile; 64 bins are one of 128 threads and 19 KiB
     "augment/augment_kernel": Budget(256, 48, shared=44 << 10, blocks={80: 3, 90: 5, 100: 5}),
     "ema/ema_kernel": Budget(
-        threads=256, registers=64, blocks=4, opcodes={"LDG.128": (24, None), "STG.128": (12, None), "CALL": NONE}
+        threads=256,
+        registers=64,
+        float64=3,  # 1 - momentum, once
+        blocks=4,
+        opcodes={"LDG.128": (24, None), "STG.128": (12, None), "CALL": NONE},
     ),
     "ema/adamw_kernel": Budget(
-        threads=256, registers=64, shared=64, blocks=4, opcodes={"LDG.128": (18, None), "STG.128": (12, None)}
+        threads=256,
+        registers=64,
+        shared=64,
+        float64=100,  # the step's factors, by one thread
+        blocks=4,
+        opcodes={"LDG.128": (18, None), "STG.128": (12, None)},
     ),
-    "ema/norm_kernel": Budget(threads=256, registers=64, shared=2056, blocks=4, opcodes={"LDG.128": (4, None)}),
-    "log_mel/log_mel_kernel<8>": Budget(256, 128, 109_968, _TWO, _MEL | {"FFMA+FADD+FMUL": (1100, 1500)}),
-    "log_mel/log_mel_kernel<16>": Budget(256, 128, 100_944, _TWO, _MEL | {"FFMA+FADD+FMUL": (1260, 1600)}),
-    "log_mel/log_mel_kernel<32>": Budget(256, 128, 112_592, _TWO, _MEL | {"FFMA+FADD+FMUL": (1600, 2400)}),
+    "ema/norm_kernel": Budget(
+        threads=256, registers=64, shared=2056, float64=400, blocks=4, opcodes={"LDG.128": (4, None)}
+    ),
+    "log_mel/log_mel_kernel<8>": Budget(256, 128, 109_968, _ROOTS, _TWO, _MEL | {"FFMA+FADD+FMUL": (1100, 1500)}),
+    "log_mel/log_mel_kernel<16>": Budget(256, 128, 100_944, _ROOTS, _TWO, _MEL | {"FFMA+FADD+FMUL": (1260, 1600)}),
+    "log_mel/log_mel_kernel<32>": Budget(256, 128, 112_592, _ROOTS, _TWO, _MEL | {"FFMA+FADD+FMUL": (1600, 2400)}),
 }

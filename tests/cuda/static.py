@@ -150,15 +150,18 @@ def flags() -> tuple[str, ...]:
 def nvcc_records(source: Path, arch: int, folder: Path = CACHE) -> list[Record]:
     """The kernels of a .cu file; computed once for these sources, headers, flags and nvcc."""
     path = folder / f"{source.stem}-sm_{arch}-{_fingerprint(source)}.json"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        records = _compile(source, arch)
-        for old in folder.glob(f"{source.stem}-sm_{arch}-*.json"):
-            old.unlink(missing_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps([asdict(r) for r in records]))
-        os.replace(temporary, path)
-    return [_record(entry) for entry in json.loads(path.read_text())]
+    try:
+        return [_record(entry) for entry in json.loads(path.read_text())]
+    except (OSError, ValueError):  # not there, or cut off
+        pass
+    folder.mkdir(parents=True, exist_ok=True)
+    records = _compile(source, arch)
+    for old in folder.glob(f"{source.stem}-sm_{arch}-*.json"):
+        old.unlink(missing_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps([asdict(r) for r in records]))
+    os.replace(temporary, path)
+    return records
 
 
 def _record(entry: dict) -> Record:

@@ -6,9 +6,9 @@ import torch
 from atst_fast.ops.augment import MemoryBank, augment_views, draw_augment
 from atst_fast.train.front_end import FrontEnd
 from tests import tolerances as tol
-from tests.conftest import _no_gpu
+from tests.conftest import needs_gpu
 
-pytestmark = pytest.mark.skipif(_no_gpu() is not None, reason=_no_gpu() or "")
+pytestmark = needs_gpu
 
 TWO_AXES = {"canvas_scale": (1.0, 1.5), "time_scale": (0.6, 1.5)}
 

@@ -10,11 +10,12 @@ from atst_fast import ops
 from atst_fast.ops.ema import grad_norm
 from atst_fast.optim import AdamWEMA
 from tests import tolerances
+from tests.conftest import needs_gpu
 from tests.ops.test_adamw_ema import two_parameters
 from tests.ops.test_ema import randn
 from tests.test_optim import make
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = needs_gpu
 SHAPES = [(300, 1000), (129,), (), (0, 4)]
 
 

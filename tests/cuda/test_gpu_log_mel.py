@@ -6,9 +6,10 @@ import torch
 from atst_fast import nn, ops
 from atst_fast.ops.log_mel import tables
 from tests import tolerances as tol
+from tests.conftest import needs_gpu
 from tests.ops.test_log_mel import speech_like
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = needs_gpu
 
 
 def test_public_function_and_module_agree_with_the_cpu():

@@ -10,12 +10,13 @@ from atst_fast.optim import AdamWEMA
 from atst_fast.train.front_end import FrontEnd, FrontEndBatch
 from atst_fast.train.step import make_optimizer, train_step
 from tests import tolerances
+from tests.conftest import needs_gpu
 from tests.golden import load
 from tests.golden.systems import frame_step
 from tests.models.test_atst_frame import both, random_batch
 
 pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    needs_gpu,
     pytest.mark.filterwarnings("ignore:atst_fast.* runs its slow PyTorch reference"),
 ]
 

@@ -23,6 +23,8 @@ def findings(record: static.Record, budget: Budget) -> list[str]:
     wrong += [f"{n} {opcode}" for opcode in LOCAL_MEMORY if (n := record.count(opcode))]
     if record.registers > budget.registers:
         wrong.append(f"{record.registers} registers, at most {budget.registers}")
+    if (n := record.count("DFMA+DADD+DMUL+DSETP")) > budget.float64:
+        wrong.append(f"{n} float64 instructions, at most {budget.float64}")
     blocks = static.occupancy(record.registers, budget.threads, budget.shared, record.arch)
     least = budget.blocks if isinstance(budget.blocks, int) else budget.blocks.get(record.arch, 1)
     if blocks < least:
@@ -179,6 +181,24 @@ def test_a_kernel_that_spills_is_caught(tmp_path):
     assert [f.split(":")[0] for f in found[:3]] == ["stack", "spill_stores", "spill_loads"]
     assert record.count("STL") > 50
     assert static.nvcc_records(source, 90, tmp_path) == [record]  # from the cache
+
+
+@inspects
+def test_float64_by_accident_is_caught(tmp_path):
+    source = tmp_path / "twice_cuda.cu"
+    source.write_text("__global__ void twice(float* x) { x[threadIdx.x] *= 2.1; }")
+    (record,) = static.nvcc_records(source, 90, tmp_path)
+    assert findings(record, Budget(threads=256, registers=64)) == ["1 float64 instructions, at most 0"]
+
+
+@inspects
+def test_a_damaged_file_of_results_is_made_anew(tmp_path):
+    source = tmp_path / "hoard_cuda.cu"
+    source.write_text("__global__ void one(float* x) { *x = 1; }")
+    records = static.nvcc_records(source, 90, tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(path.read_text()[:20])
+    assert static.nvcc_records(source, 90, tmp_path) == records
 
 
 @inspects
