@@ -66,7 +66,7 @@ pretrain: build
 
 test: build
 	@echo "== tests"
-	$(PY) -m pytest tests benchmarks -m "not long" -rs --durations=5
+	$(PY) -m pytest tests benchmarks -m "not long" $(if $(REQUIRE),--require $(REQUIRE)) -rs --durations=5
 
 test-all: build
 	@echo "== all tests"
@@ -135,12 +135,12 @@ $(GPU_CHECKS): gpu-%: gpu-build
 
 gpu-bench-ops: gpu-build
 	@echo "== operators on the GPU"
-	$(GPU) -m pytest benchmarks/gpu --benchmark-enable -rs --ignore benchmarks/gpu/bench_step.py
+	$(GPU) -m pytest benchmarks/gpu --benchmark-enable $(if $(COMMIT),--commit $(COMMIT)) -rs --ignore benchmarks/gpu/bench_step.py
 	@$(GPU_PLOT)
 
 gpu-bench-step: gpu-build
 	@echo "== training steps on the GPU"
-	$(GPU) -m pytest benchmarks/gpu/bench_step.py --benchmark-enable -rs
+	$(GPU) -m pytest benchmarks/gpu/bench_step.py --benchmark-enable $(if $(COMMIT),--commit $(COMMIT)) -rs
 	@$(GPU_PLOT)
 
 clean:

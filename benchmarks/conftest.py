@@ -41,7 +41,12 @@ import torch
 from benchmarks import machine, report
 
 
+def pytest_addoption(parser):
+    parser.addoption("--commit", default="", help="what is measured, in a copy of the tree without git")
+
+
 def pytest_configure(config):
+    machine.name_commit(config.getoption("--commit"))
     config.option.benchmark_quiet = True  # report.py prints the tables
     if config.getoption("benchmark_enable"):
         config.option.benchmark_warmup = True

@@ -20,6 +20,15 @@ ROOT = Path(__file__).parent.parent
 _CODE = {".py", ".cpp", ".h", ".cu", ".cuh"}
 
 
+_named = ""
+
+
+def name_commit(commit: str) -> None:
+    """What is measured, for a copy of the tree that has no git."""
+    global _named
+    _named = commit
+
+
 def describe() -> dict:
     """Device, commit, versions, threads and the measured rates."""
     info = atst_fast.build_info()
@@ -136,10 +145,10 @@ def _cpu_model() -> str:
 
 
 def _commit() -> dict:
-    """The commit, and whether files differ from it. In a copy without git: what ATST_COMMIT says, or a hash of the
+    """The commit, and whether files differ from it. In a copy without git: what name_commit was told, or a hash of the
     files that are measured, which says at least whether two results are of the same ones."""
-    if named := os.environ.get("ATST_COMMIT"):
-        return {"id": named, "dirty": False}
+    if _named:
+        return {"id": _named, "dirty": False}
     try:
         name = _git("rev-parse", "--short=10", "HEAD").strip()
         dirty = bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results").strip())

@@ -1,5 +1,3 @@
-import os
-
 import pytest
 import torch
 
@@ -13,13 +11,21 @@ _ISAS = ["portable", "avx2", "avx512"]
 _NEEDS = {"shim": cuda_shim.unavailable, "static": static.missing}
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--require",
+        default="",
+        metavar="shim,static",
+        help="no run where their tests would be skipped for want of tools",
+    )
+
+
 def pytest_configure(config):
-    """ATST_REQUIRE=shim,static: no run without these, for a skip in CI is seen by nobody."""
-    for name in filter(None, os.environ.get("ATST_REQUIRE", "").split(",")):
+    for name in filter(None, config.getoption("--require").split(",")):
         if name not in _NEEDS:
-            raise pytest.UsageError(f"ATST_REQUIRE: {name!r} is none of {', '.join(_NEEDS)}")
+            raise pytest.UsageError(f"--require: {name!r} is none of {', '.join(_NEEDS)}")
         if reason := _NEEDS[name]():
-            raise pytest.UsageError(f"ATST_REQUIRE={name}: {reason}")
+            raise pytest.UsageError(f"--require {name}: {reason}")
 
 
 def _runs_here(isa):

@@ -176,10 +176,10 @@ def test_a_copy_without_git_is_known_by_its_files(monkeypatch):
     def no_git(*_):
         raise FileNotFoundError
 
-    monkeypatch.delenv("ATST_COMMIT", raising=False)
+    monkeypatch.setattr(machine, "_named", "")
     monkeypatch.setattr(machine, "_git", no_git)
     assert machine._commit() == {"id": f"files-{machine._hash()}", "dirty": False}
-    monkeypatch.setenv("ATST_COMMIT", "abc")
+    machine.name_commit("abc")
     assert machine._commit() == {"id": "abc", "dirty": False}
 
 

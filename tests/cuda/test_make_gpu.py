@@ -40,14 +40,14 @@ def test_the_python_may_be_a_relative_path():
 @pytest.mark.parametrize(
     "required, path, message",
     [
-        ("static", "/nowhere", "ATST_REQUIRE=static: needs nvcc"),
-        ("shim", "/nowhere", "ATST_REQUIRE=shim: the shim needs gcc"),
+        ("static", "/nowhere", "--require static: needs nvcc"),
+        ("shim", "/nowhere", "--require shim: the shim needs gcc"),
         ("luck", None, "'luck' is none of shim, static"),
     ],
 )
 def test_what_is_required_must_be_there(required, path, message):
-    environment = os.environ | {"ATST_REQUIRE": required} | ({"PATH": path, "CUDA_HOME": path} if path else {})
-    command = [sys.executable, "-m", "pytest", "tests/test_layout.py", "--collect-only"]
+    environment = os.environ | ({"PATH": path, "CUDA_HOME": path} if path else {})
+    command = [sys.executable, "-m", "pytest", "tests/test_layout.py", "--collect-only", "--require", required]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 4
     assert message in run.stdout + run.stderr
