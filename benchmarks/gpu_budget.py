@@ -22,7 +22,7 @@ MARKS = "<!-- python -m benchmarks.gpu_budget --write -->\n", "<!-- end -->\n"
 ARCH = 90
 
 SMS, CLOCK = 132, 1.98e9
-BANDWIDTH = 4.3e12  # bytes/s of a copy, as measured on such a machine; the datasheet says 4.8e12
+BANDWIDTH = 4.3e12  # bytes/s: nine tenths of the datasheet's 4.8e12
 FP32 = SMS * 128 * CLOCK  # instructions of a thread per second; 67 TFLOP/s where each is a fused multiply-add
 FP64, FROM_FP32 = SMS * 64 * CLOCK, SMS * 16 * CLOCK  # operations; conversions to float64
 ISSUE = SMS * 4 * CLOCK  # instructions of a warp per second
