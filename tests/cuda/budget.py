@@ -49,7 +49,7 @@ BUDGET: dict[str, Budget] = {
     "ema/adamw_kernel": Budget(
         threads=256,
         registers=64,
-        shared=64,
+        shared=48,
         float64=100,  # the step's factors, by one thread
         blocks=4,
         opcodes={"LDG.128": (18, None), "STG.128": (12, None)},

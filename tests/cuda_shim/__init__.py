@@ -130,6 +130,14 @@ def schedule(order="forward", seed=0):
     runtime().shim_schedule(["forward", "reverse", "shuffled"].index(order), ctypes.c_ulonglong(seed))
 
 
+def latest_launch():
+    """Kernel, threads of a block and bytes of dynamic shared memory of the latest launch."""
+    said = runtime().shim_latest_launch
+    said.restype = ctypes.c_char_p
+    name, threads, shared = said().decode().rsplit(" ", 2)
+    return name, int(threads), int(shared)
+
+
 @contextlib.contextmanager
 def nothing_left():
     """Forward order again afterwards; an operator must have ended and its errors must have been raised."""

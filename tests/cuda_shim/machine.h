@@ -54,7 +54,10 @@ struct Warp {
 
 struct Machine {
   const Launch* launch = nullptr;
-  const char* op = "";  // of the latest launch
+  const char* op = "";  // of the latest launch, as are these three
+  const void* kernel = nullptr;
+  unsigned kernel_threads = 0;
+  size_t kernel_shared = 0;
   uint3 block{};
   unsigned threads = 0;
   Thread thread[kMaxThreads];

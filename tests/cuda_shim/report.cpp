@@ -132,3 +132,12 @@ void throw_errors(const char* op) {
 }
 
 }  // namespace shim
+
+// "kernel<arguments> threads bytes" of the latest launch: what it asked for.
+extern "C" SHIM_EXPORT const char* shim_latest_launch() {
+  using namespace shim;
+  static std::string said;
+  said =
+      short_name(look_up(machine.kernel).function) + format(" %u %zu", machine.kernel_threads, machine.kernel_shared);
+  return said.c_str();
+}

@@ -180,6 +180,7 @@ void run(const Launch& launch) {
   machine.launch = &launch;
   machine.op = launch.op;
   machine.threads = launch.block.x * launch.block.y * launch.block.z;
+  machine.kernel = launch.kernel, machine.kernel_threads = machine.threads, machine.kernel_shared = launch.shared;
   machine.aborted = false;
   machine.launch_epoch = machine.epoch + 1;
   begin_launch_memory();
