@@ -1,4 +1,4 @@
-// Waveform to normalised log-mel in one launch; the formula is in log_mel.h.
+// Waveform to normalised log-mel in one launch (and the zeroing of eight bytes per clip); the formula is in log_mel.h.
 //
 // Share of the work. Blocks of 256 threads stay resident and walk over tiles of 256 / G frames, G = n_fft / 64 lanes to
 // a frame (16 of them at n_fft 1024). Per tile:
@@ -11,7 +11,7 @@
 //   3. a warp takes 8 neighbouring filters at a time: lane 4 h + f' sums filter h for every fourth frame from f' on, so
 //      that a weight serves several frames, powers come without bank conflicts (see power_row) and no lane is idle.
 // The filterbank arrives dense. Each block finds its nonzero runs once and keeps them in shared memory: no table is
-// cached between calls, so none can be stale, and a block that lives for a whole batch pays 1 % for it.
+// cached between calls, so none can be stale, and a block that lives for a whole batch pays some 1 % for it (reckoned, not measured).
 //
 // The floor. A tile publishes the maximum of its decibels (atomic, on order-preserving integers) and keeps its minimum;
 // the block that finishes the last tile of a floor group (a ticket) raises what lies below the floor, tile by tile, and
