@@ -11,7 +11,8 @@
 //   3. a warp takes 8 neighbouring filters at a time: lane 4 h + f' sums filter h for every fourth frame from f' on, so
 //      that a weight serves several frames, powers come without bank conflicts (see power_row) and no lane is idle.
 // The filterbank arrives dense. Each block finds its nonzero runs once and keeps them in shared memory: no table is
-// cached between calls, so none can be stale, and a block that lives for a whole batch pays some 1 % for it (reckoned, not measured).
+// cached between calls, so none can be stale, and a block that lives for a whole batch pays some 1 % for it (reckoned,
+// not measured).
 //
 // The floor. A tile publishes the maximum of its decibels (atomic, on order-preserving integers) and keeps its minimum;
 // the block that finishes the last tile of a floor group (a ticket) raises what lies below the floor, tile by tile, and
