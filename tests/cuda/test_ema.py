@@ -12,7 +12,7 @@ from atst_fast import _C
 from atst_fast.ops import ema as on_cpu
 from atst_fast.reference import ema as reference
 from tests import tolerances
-from tests.ops.test_adamw_ema import GRAD_DTYPE, HYPER, step_arguments, two_parameters
+from tests.ops.test_adamw_ema import GRAD_DTYPE, HYPER, STEP, drawn_step, step_arguments, two_parameters
 from tests.ops.test_ema import DTYPES, MOMENTA, OFFSET, clones, randn, same_bits
 
 CHUNK, NORM_CHUNK = 8192, 16384  # elements of a block
@@ -125,24 +125,11 @@ def run_step(cuda_ops, lists, rest, order=("forward", 0)):
     return ours, cpu
 
 
-@given(
-    st.lists(st.tuples(SHAPE, st.tuples(*[st.booleans()] * 4)), min_size=1, max_size=5),
-    OFFSET,
-    MOMENTA,
-    st.sampled_from([None, 0.25, -2.0]),
-    st.booleans(),
-    st.integers(0, 5),
-    GRAD_DTYPE,
-    ORDER,
-)
+@given(*STEP, ORDER)
 @EXAMPLES
 def test_step(cuda_ops, entries, offset, momentum, scale, hf, first, grad_dtype, order):
-    shapes, present = [e[0] for e in entries], [e[1] for e in entries]
-    lists = step_arguments(shapes, present, offset, grad_dtype)
-    first = min(first, len(shapes))
-    scale = None if scale is None else float64(scale)
-    rest = (HYPER, [first, len(shapes) - first], float64(momentum), scale, hf)
-    ours, cpu = run_step(cuda_ops, lists, rest, order)
+    lists, rest, scale = drawn_step(entries, offset, momentum, scale, first, grad_dtype)
+    ours, cpu = run_step(cuda_ops, lists, (*rest, scale, hf), order)
     assert_same(flat(ours), flat(cpu))
 
 

@@ -37,7 +37,9 @@ GRAD_DTYPE = st.sampled_from([torch.float32, torch.bfloat16])
 HYPER = torch.tensor([[1e-2, 0.1, 0.9, 0.999, 1e-6], [1e-3, 0.0, 0.0, 0.95, 1e-3]], dtype=torch.float64)
 
 
-@given(
+# what a step is drawn from: shapes and what is present, offset, momentum, factor of the gradients, form, size of the
+# first group, dtype of the gradients
+STEP = (
     st.lists(st.tuples(SHAPE, st.tuples(*[st.booleans()] * 4)), min_size=1, max_size=5),
     OFFSET,
     MOMENTA,
@@ -46,14 +48,21 @@ HYPER = torch.tensor([[1e-2, 0.1, 0.9, 0.999, 1e-6], [1e-3, 0.0, 0.0, 0.95, 1e-3
     st.integers(0, 5),
     GRAD_DTYPE,
 )
+
+
+def drawn_step(entries, offset, momentum, scale, first, grad_dtype):
+    """The lists of adamw_ema_; hyper, group sizes and momentum; the factor of the gradients."""
+    lists = step_arguments([e[0] for e in entries], [e[1] for e in entries], offset, grad_dtype)
+    first = min(first, len(entries))
+    rest = (HYPER, [first, len(entries) - first], torch.tensor(momentum, dtype=torch.float64))
+    return lists, rest, None if scale is None else torch.tensor(scale, dtype=torch.float64)
+
+
+@given(*STEP)
 @PER_ISA
 def test_step_against_float64(isa, entries, offset, momentum, scale, hf, first, grad_dtype):
-    shapes, present = [e[0] for e in entries], [e[1] for e in entries]
-    lists = step_arguments(shapes, present, offset, grad_dtype)
+    lists, rest, scale = drawn_step(entries, offset, momentum, scale, first, grad_dtype)
     wide = [[t.double() if k < 6 else t.clone() for t in tensors] for k, tensors in enumerate(lists)]
-    first = min(first, len(shapes))
-    rest = (HYPER, [first, len(shapes) - first], torch.tensor(momentum, dtype=torch.float64))
-    scale = None if scale is None else torch.tensor(scale, dtype=torch.float64)
     bounds = list(step_bounds(wide, scale, rest[1], hf))
     reference.adamw_ema_(*wide, *rest, scale, hf)
     adamw_ema_(*lists, *rest, scale, hf)
