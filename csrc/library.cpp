@@ -20,8 +20,8 @@ STABLE_TORCH_LIBRARY(ATST_LIBRARY, m) {
   // frame_attention
   m.def("frame_attention(Tensor qkv, Tensor? lengths, int num_heads, float scale, bool attend_padded) -> (Tensor out, Tensor lse)");
   m.def("frame_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor? lengths, int num_heads, float scale, bool attend_padded) -> Tensor");
-  m.def("frame_attention_packed(Tensor q, Tensor kv, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int num_heads, float scale) -> (Tensor out, Tensor lse)");
-  m.def("frame_attention_packed_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int num_heads, float scale) -> (Tensor, Tensor)");
+  m.def("frame_attention_packed(Tensor q, Tensor kv, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, int num_heads, float scale) -> (Tensor out, Tensor lse)");
+  m.def("frame_attention_packed_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, int num_heads, float scale) -> (Tensor, Tensor)");
 
   // epilogue
   m.def("bias_gelu(Tensor h, Tensor bias) -> Tensor");

@@ -69,7 +69,15 @@ class FrameAttention(nn.Module):
             )
         x = x.flatten(0, 1)
         q, kv = self._selected(x, select)
-        return ops.frame_attention_packed(q, kv, *select.offsets(x.device), self.num_heads, scale=self.scale)
+        return ops.frame_attention_packed(
+            q,
+            kv,
+            *select.offsets(x.device),
+            self.num_heads,
+            max_seqlen_q=select.length,
+            max_seqlen_k=select.length,
+            scale=self.scale,
+        )
 
     def _selected(self, x: Tensor, select: Selection) -> tuple[Tensor, Tensor]:
         """Queries of the selected rows; keys and values of those they attend to."""

@@ -63,14 +63,19 @@ def frame_attention_packed(
     cu_seqlens_k: Tensor,
     num_heads: int,
     *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """The same over sequences laid end to end, with queries and keys of different numbers.
 
     Args:
         q: ``[Mq, H*Dh]``; kv: ``[Mk, 2*H*Dh]`` (keys, values), same dtype; any row strides.
-        cu_seqlens_q, cu_seqlens_k: int32 or int64 ``[S + 1]``, ascending from 0 to Mq and to Mk: sequence s is the rows
-            ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``. A sequence without keys gives zeros.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 ``[S + 1]``, ascending from 0 to at most Mq and Mk: sequence s is the
+            rows ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``. A sequence without keys gives zeros, and so do the rows
+            past the last offset, which belong to no sequence.
+        max_seqlen_q, max_seqlen_k: at least the queries and keys of the longest sequence, by default Mq and Mk. They
+            size what a GPU launches, which never waits to read the offsets; the numbers do not depend on them.
         num_heads, scale: as in `frame_attention`; dtypes, errors and accuracy too.
 
     Returns ``[Mq, H*Dh]``. Differentiable in q and kv.
@@ -85,7 +90,9 @@ def frame_attention_packed(
     cu_seqlens_k = _check_offsets(op, "cu_seqlens_k", cu_seqlens_k, kv, "kv")
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         _checks.fail(op, "cu_seqlens_k", f"as long as cu_seqlens_q ({cu_seqlens_q.shape[0]})", cu_seqlens_k)
-    args = (cu_seqlens_q, cu_seqlens_k, num_heads, _scale(op, scale, head_dim))
+    max_seqlen_q = _check_longest(op, "max_seqlen_q", max_seqlen_q, cu_seqlens_q, q)
+    max_seqlen_k = _check_longest(op, "max_seqlen_k", max_seqlen_k, cu_seqlens_k, kv)
+    args = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads, _scale(op, scale, head_dim))
     if q.dtype == torch.float64:
         return reference.frame_attention_packed(q, kv, *args)[0]
     out, _ = torch.ops.atst_fast.frame_attention_packed(_rows(q.float()), _rows(kv.float()), *args)
@@ -132,14 +139,26 @@ def _check_lengths(op: str, lengths: Tensor, qkv: Tensor) -> Tensor:
 
 
 def _check_offsets(op: str, name: str, offsets: Tensor, rows: Tensor, rows_name: str) -> Tensor:
-    expected = f"[S + 1] ascending from 0 to the {rows.shape[0]} rows of {rows_name}"
+    expected = f"[S + 1] ascending from 0 to at most the {rows.shape[0]} rows of {rows_name}"
     _checks.tensor(op, name, offsets, expected, dim=1, dtypes=(torch.int64, torch.int32))
     _checks.same_device(op, rows_name, rows, **{name: offsets})
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
         values = offsets.tolist()
-        if not values or values[0] != 0 or values[-1] != rows.shape[0] or values != sorted(values):
+        if not values or values[0] != 0 or values[-1] > rows.shape[0] or values != sorted(values):
             raise ValueError(f"{op}: {name} must be {expected}, got {values}")
     return offsets.to(torch.int64).contiguous()
+
+
+def _check_longest(op: str, name: str, longest: int | None, offsets: Tensor, rows: Tensor) -> int:
+    if longest is None:
+        return rows.shape[0]
+    if not isinstance(longest, int) or longest < 0:
+        _checks.fail(op, name, "an integer of at least 0, or None", longest)
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        actual = int(offsets.diff().max()) if offsets.shape[0] > 1 else 0
+        if actual > longest:
+            _checks.fail(op, name, f"at least the {actual} rows of the longest sequence", longest)
+    return longest
 
 
 register("frame_attention", CUDA=reference.frame_attention)
@@ -151,7 +170,7 @@ register("frame_attention_packed_backward", CUDA=reference.frame_attention_packe
 @torch.library.register_fake("atst_fast::frame_attention")
 def _(qkv, lengths, num_heads, scale, attend_padded):
     batch, tokens, width = qkv.shape
-    return qkv.new_empty(batch, tokens, width // 3), qkv.new_empty(num_heads, batch * tokens)
+    return qkv.new_empty(batch, tokens, width // 3), qkv.new_empty(num_heads, batch * tokens, dtype=torch.float32)
 
 
 @torch.library.register_fake("atst_fast::frame_attention_backward")
@@ -160,12 +179,12 @@ def _(grad, qkv, out, lse, lengths, num_heads, scale, attend_padded):
 
 
 @torch.library.register_fake("atst_fast::frame_attention_packed")
-def _(q, kv, cu_seqlens_q, cu_seqlens_k, num_heads, scale):
-    return q.new_empty(q.shape), q.new_empty(num_heads, q.shape[0])
+def _(q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads, scale):
+    return q.new_empty(q.shape), q.new_empty(num_heads, q.shape[0], dtype=torch.float32)
 
 
 @torch.library.register_fake("atst_fast::frame_attention_packed_backward")
-def _(grad, q, kv, out, lse, cu_seqlens_q, cu_seqlens_k, num_heads, scale):
+def _(grad, q, kv, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads, scale):
     return q.new_empty(q.shape), kv.new_empty(kv.shape)
 
 
@@ -184,7 +203,7 @@ def _backward(ctx, grad, _):
 
 
 def _save_packed(ctx, inputs, output):
-    q, kv, cu_seqlens_q, cu_seqlens_k, ctx.num_heads, ctx.scale = inputs
+    q, kv, cu_seqlens_q, cu_seqlens_k, *ctx.numbers = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, kv, out, lse, cu_seqlens_q, cu_seqlens_k)
@@ -192,9 +211,9 @@ def _save_packed(ctx, inputs, output):
 
 def _backward_packed(ctx, grad, _):
     grad_q, grad_kv = torch.ops.atst_fast.frame_attention_packed_backward(
-        grad.contiguous(), *ctx.saved_tensors, ctx.num_heads, ctx.scale
+        grad.contiguous(), *ctx.saved_tensors, *ctx.numbers
     )
-    return grad_q, grad_kv, None, None, None, None
+    return grad_q, grad_kv, None, None, None, None, None, None
 
 
 torch.library.register_autograd("atst_fast::frame_attention", _backward, setup_context=_save)

@@ -29,10 +29,17 @@ def frame_attention(
 
 
 def frame_attention_packed(
-    q: Tensor, kv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_heads: int, scale: float
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """``q [Mq, H*Dh]`` and ``kv [Mk, 2*H*Dh]`` to (``[Mq, H*Dh]``, log-sum-exp ``[H, Mq]``): sequence b is the rows
-    ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]`` of each; without keys the result is 0."""
+    ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]`` of each; without keys, and in rows of no sequence, the result is 0."""
     out, lse = [q[:0]], [q.new_empty(num_heads, 0)]
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for b in range(len(starts_q) - 1):
@@ -41,6 +48,9 @@ def frame_attention_packed(
         scores = scale * (rows @ k.transpose(1, 2))
         out.append((torch.softmax(scores, -1) @ v).transpose(0, 1).flatten(1))
         lse.append(torch.logsumexp(scores, -1))
+    rest = q[starts_q[-1] :]
+    out.append(torch.zeros_like(rest))
+    lse.append(rest.new_full((num_heads, rest.shape[0]), float("-inf")))
     return torch.cat(out), torch.cat(lse, 1)
 
 
@@ -51,12 +61,11 @@ def frame_attention_backward(grad, qkv, out, lse, lengths, num_heads, scale, att
 
 
 def frame_attention_packed_backward(
-    grad, q, kv, out, lse, cu_seqlens_q, cu_seqlens_k, num_heads, scale
+    grad, q, kv, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads, scale
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``q`` and ``kv`` by way of the forward."""
-    grad_q, grad_kv = _vjp(
-        lambda a, b: frame_attention_packed(a, b, cu_seqlens_q, cu_seqlens_k, num_heads, scale)[0], grad, q, kv
-    )
+    args = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads, scale)
+    grad_q, grad_kv = _vjp(lambda a, b: frame_attention_packed(a, b, *args)[0], grad, q, kv)
     return grad_q, grad_kv
 
 

@@ -148,8 +148,9 @@ Problem packed_problem(const char* op, const Tensor& q, const Tensor& kv, const 
   ATST_CHECK(batch >= 0, op, ": cu_seqlens_q must have at least one entry");
   const int64_t* starts_q = check_index(cu_q, batch + 1, op, "cu_seqlens_q");
   const int64_t* starts_k = check_index(cu_k, batch + 1, op, "cu_seqlens_k");
-  ATST_CHECK(starts_q[0] == 0 && starts_q[batch] == q.size(0), op, ": cu_seqlens_q must go from 0 to the rows of q");
-  ATST_CHECK(starts_k[0] == 0 && starts_k[batch] == kv.size(0), op, ": cu_seqlens_k must go from 0 to the rows of kv");
+  const int64_t end_q = starts_q[batch], end_k = starts_k[batch];
+  ATST_CHECK(starts_q[0] == 0 && end_q <= q.size(0), op, ": cu_seqlens_q must be from 0 to the rows of q");
+  ATST_CHECK(starts_k[0] == 0 && end_k <= kv.size(0), op, ": cu_seqlens_k must be from 0 to the rows of kv");
   Problem p{op,      heads,     head_dim, float(scale), rows_of(q), rows_of(kv), rows_of(kv, q.size(1)), {},
             nullptr, q.size(0), {}};
   for (int64_t b = 0; b < batch; ++b) {
@@ -157,6 +158,8 @@ Problem packed_problem(const char* op, const Tensor& q, const Tensor& kv, const 
     ATST_CHECK(nq >= 0 && nk >= 0, op, ": cu_seqlens must not decrease");
     p.sequences.push_back({starts_q[b], nq, nq, starts_k[b], nk, nk});
   }
+  // rows that belong to no sequence: nothing is computed there, so that they are zero
+  p.sequences.push_back({end_q, q.size(0) - end_q, 0, end_k, kv.size(0) - end_k, 0});
   return p;
 }
 
@@ -197,7 +200,8 @@ Tensor frame_attention_backward(const Tensor& dout, const Tensor& qkv, const Ten
 }
 
 std::tuple<Tensor, Tensor> frame_attention_packed(const Tensor& q, const Tensor& kv, const Tensor& cu_q,
-                                                  const Tensor& cu_k, int64_t heads, double scale) {
+                                                  const Tensor& cu_k, int64_t /*max_seqlen_q*/,
+                                                  int64_t /*max_seqlen_k*/, int64_t heads, double scale) {
   Problem p = packed_problem("frame_attention_packed", q, kv, cu_q, cu_k, heads, scale);
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1)});
   Tensor lse = torch::stable::new_empty(q, {heads, p.q_total});
@@ -209,7 +213,8 @@ std::tuple<Tensor, Tensor> frame_attention_packed(const Tensor& q, const Tensor&
 
 std::tuple<Tensor, Tensor> frame_attention_packed_backward(const Tensor& dout, const Tensor& q, const Tensor& kv,
                                                            const Tensor& out, const Tensor& lse, const Tensor& cu_q,
-                                                           const Tensor& cu_k, int64_t heads, double scale) {
+                                                           const Tensor& cu_k, int64_t /*max_seqlen_q*/,
+                                                           int64_t /*max_seqlen_k*/, int64_t heads, double scale) {
   Problem p = packed_problem("frame_attention_packed_backward", q, kv, cu_q, cu_k, heads, scale);
   check_saved(p, dout, out, lse);
   const int64_t width = q.size(1);

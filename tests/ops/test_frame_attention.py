@@ -216,6 +216,28 @@ def test_packed_against_float64(sizes, seed):
         assert (kv32.grad - kv64.grad).abs().max() <= tol.ATTENTION_GRADIENT * max(kv64.grad.abs().max().item(), 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_past_the_last_offset_belong_to_no_sequence(dtype):
+    """They may be anything, give zeros and get no gradient; the others are as without them."""
+    offsets = torch.tensor([0, 2, 5]), torch.tensor([0, 4, 9])
+    results = []
+    for past in (0, 3):
+        q, kv = (torch.cat([x, torch.full_like(x[:past], float("nan"))]).to(dtype) for x in _packed_rows())
+        q, kv = q.requires_grad_(), kv.requires_grad_()
+        y = ops.frame_attention_packed(q, kv, *offsets, 3, max_seqlen_q=3, max_seqlen_k=5)
+        y[:5].square().sum().backward()
+        for x, rows in ((y, 5), (q.grad, 5), (kv.grad, 9)):
+            assert torch.equal(x[rows:], torch.zeros_like(x[rows:]))
+        results.append((y[:5].detach(), q.grad[:5], kv.grad[:9]))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def _packed_rows():
+    torch.manual_seed(3)
+    return torch.randn(5, 24), torch.randn(9, 48)
+
+
 def test_same_bits_on_one_thread_and_two_and_twice(threads):
     qkv, grad = torch.randn(4, 130, 3 * 96), torch.randn(4, 130, 96)
     results = []
@@ -236,9 +258,9 @@ def test_reference_gradients(attend):
     lengths = torch.tensor([5, 2, 0])
     assert torch.autograd.gradcheck(lambda x: reference.frame_attention(x, lengths, 2, 0.7, attend)[0], (qkv,))
     q, kv = torch.randn(4, 6, dtype=torch.float64), torch.randn(5, 12, dtype=torch.float64)
-    offsets = (torch.tensor([0, 3, 4]), torch.tensor([0, 2, 5]))
+    args = (torch.tensor([0, 3, 4]), torch.tensor([0, 2, 5]), 3, 3, 3, 0.7)
     inputs = (q.requires_grad_(), kv.requires_grad_())
-    assert torch.autograd.gradcheck(lambda a, b: reference.frame_attention_packed(a, b, *offsets, 3, 0.7)[0], inputs)
+    assert torch.autograd.gradcheck(lambda a, b: reference.frame_attention_packed(a, b, *args)[0], inputs)
 
 
 def test_opcheck():
@@ -249,9 +271,9 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.atst_fast.frame_attention_backward.default, args)
     q, kv = torch.randn(4, 16, requires_grad=True), torch.randn(6, 32, requires_grad=True)
     offsets = (torch.tensor([0, 1, 4]), torch.tensor([0, 4, 6]))
-    torch.library.opcheck(torch.ops.atst_fast.frame_attention_packed.default, (q, kv, *offsets, 2, 0.3))
-    out, lse = torch.ops.atst_fast.frame_attention_packed(q.detach(), kv.detach(), *offsets, 2, 0.3)
-    args = (torch.randn_like(out), q.detach(), kv.detach(), out, lse, *offsets, 2, 0.3)
+    torch.library.opcheck(torch.ops.atst_fast.frame_attention_packed.default, (q, kv, *offsets, 3, 4, 2, 0.3))
+    out, lse = torch.ops.atst_fast.frame_attention_packed(q.detach(), kv.detach(), *offsets, 3, 4, 2, 0.3)
+    args = (torch.randn_like(out), q.detach(), kv.detach(), out, lse, *offsets, 3, 4, 2, 0.3)
     torch.library.opcheck(torch.ops.atst_fast.frame_attention_packed_backward.default, args)
 
 
@@ -293,18 +315,22 @@ def test_errors(call, error, message):
         call()
 
 
-def packed(q=(4, 8), kv=(6, 16), cu_q=(0, 4), cu_k=(0, 6), heads=2):
-    return ops.frame_attention_packed(torch.zeros(q), torch.zeros(kv), torch.tensor(cu_q), torch.tensor(cu_k), heads)
+def packed(q=(4, 8), kv=(6, 16), cu_q=(0, 4), cu_k=(0, 6), heads=2, **longest):
+    q, kv, cu_q, cu_k = torch.zeros(q), torch.zeros(kv), torch.tensor(cu_q), torch.tensor(cu_k)
+    return ops.frame_attention_packed(q, kv, cu_q, cu_k, heads, **longest)
 
 
 PACKED_ERRORS = [
     ({"q": (4,)}, r"q must be \[Mq, H\*Dh\]"),
     ({"kv": (6, 8)}, r"kv must be \[Mk, 16\], twice as wide as q"),
     ({"heads": 3}, "q must be as wide as a multiple of 1 x num_heads"),
-    ({"cu_q": (0, 3)}, r"cu_seqlens_q must be \[S \+ 1\] ascending from 0 to the 4 rows of q, got \[0, 3\]"),
-    ({"cu_k": (0, 7)}, "cu_seqlens_k must be .* the 6 rows of kv"),
+    ({"cu_q": (0, 5)}, r"cu_seqlens_q must be \[S \+ 1\] ascending from 0 to at most the 4 rows of q, got \[0, 5\]"),
+    ({"cu_q": (1, 4)}, "cu_seqlens_q must be .* from 0"),
+    ({"cu_k": (0, 7)}, "cu_seqlens_k must be .* at most the 6 rows of kv"),
     ({"cu_q": (0, 5, 4), "cu_k": (0, 1, 6)}, "cu_seqlens_q must be .*ascending"),
     ({"cu_k": (0, 1, 6)}, r"cu_seqlens_k must be as long as cu_seqlens_q \(2\)"),
+    ({"max_seqlen_q": 3}, "max_seqlen_q must be at least the 4 rows of the longest sequence, got int 3"),
+    ({"max_seqlen_k": -1}, "max_seqlen_k must be an integer of at least 0, or None, got int -1"),
 ]
 
 
