@@ -1,5 +1,12 @@
+import importlib.util
+
 import pytest
 import torch
+
+from tests.triton import interpreter
+
+if not torch.cuda.is_available():
+    interpreter.enable()  # before anything imports triton
 
 from atst_fast import _C, build_info
 from tests import cuda_shim
@@ -8,14 +15,18 @@ from tests.cuda import static
 _ISAS = ["portable", "avx2", "avx512"]
 
 
-_NEEDS = {"shim": cuda_shim.unavailable, "static": static.missing}
+def _no_triton():
+    return None if importlib.util.find_spec("triton") else "needs triton"
+
+
+_NEEDS = {"shim": cuda_shim.unavailable, "static": static.missing, "triton": _no_triton}
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--require",
         default="",
-        metavar="shim,static",
+        metavar="shim,static,triton",
         help="no run where their tests would be skipped for want of tools",
     )
 
@@ -94,6 +105,34 @@ def cuda_ops(request):
     else:
         with cuda_shim.nothing_left():
             yield CudaOps("shim")
+
+
+class TritonOps:
+    """Where the Triton kernels run when the public functions are called there: .device, .to(x)."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def to(self, x):
+        """On the device, with the same strides."""
+        if x.is_contiguous():
+            return x.to(self.device)
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=self.device).copy_(x)
+
+    poison = staticmethod(interpreter.poison)
+
+
+@pytest.fixture
+def triton_ops():
+    """Let the public functions run the Triton kernels: on a GPU if there is one, else on the CPU, interpreted, with
+    every access checked (tests/triton/interpreter.py)."""
+    if reason := _no_triton():
+        pytest.skip(reason)
+    if interpreter.enabled():
+        with interpreter.on_cpu():
+            yield TritonOps("cpu")
+    else:
+        yield TritonOps("cuda")
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,10 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", GPUS.get)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     _registry.unfit.cache_clear()
+    _registry._too_old.cache_clear()
     yield
     _registry.unfit.cache_clear()
+    _registry._too_old.cache_clear()
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def test_which_gpus_a_build_fits(gpus, built, says, fit):
 def test_what_is_said_about_an_unfit_gpu(gpus, built):
     built("sm_90")
     assert _registry.unfit(0) == (
-        "GPU 0 has compute capability 7.5 and the CUDA kernels need 8.0",
+        "GPU 0 has compute capability 7.5 and the GPU kernels need 8.0",
         "use a newer GPU",
     )
     assert _registry.unfit(3) == (

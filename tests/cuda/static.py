@@ -1,8 +1,9 @@
 """What compiled GPU kernels are, read from their machine code: nothing here needs a GPU.
 
-`nvcc_records` compiles a .cu file with the flags of setup.py, `triton_record` one Triton kernel; both return a `Record`
-per kernel: ptxas's registers, stack and spills, and how often each opcode stands in the disassembly (cuobjdump, of the
-CUDA toolkit or of the triton package). `occupancy` says how many blocks of it a multiprocessor holds.
+`nvcc_records` compiles a .cu file with the flags of setup.py and returns a `Record` per kernel: ptxas's registers,
+stack and spills, and how often each opcode stands in the disassembly (cuobjdump, of the CUDA toolkit or of the triton
+package). `records` makes them of what the tools print; tests/triton/compile.py gets Triton's so. `occupancy` says how
+many blocks of a kernel a multiprocessor holds.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -128,13 +129,13 @@ def missing() -> str | None:
 @cache
 def known_archs() -> tuple[int, ...]:
     """Those of ARCHS that nvcc compiles for."""
-    codes = _run(nvcc(), "--list-gpu-code").split()
+    codes = run(nvcc(), "--list-gpu-code").split()
     return tuple(arch for arch in ARCHS if f"sm_{arch}" in codes)
 
 
 @cache
 def nvcc_version() -> str:
-    return _run(nvcc(), "--version")
+    return run(nvcc(), "--version")
 
 
 @cache
@@ -151,7 +152,7 @@ def nvcc_records(source: Path, arch: int, folder: Path = CACHE) -> list[Record]:
     """The kernels of a .cu file; computed once for these sources, headers, flags and nvcc."""
     path = folder / f"{source.stem}-sm_{arch}-{_fingerprint(source)}.json"
     try:
-        return [_record(entry) for entry in json.loads(path.read_text())]
+        return [record_of(entry) for entry in json.loads(path.read_text())]
     except (OSError, ValueError):  # not there, or cut off
         pass
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +165,7 @@ def nvcc_records(source: Path, arch: int, folder: Path = CACHE) -> list[Record]:
     return records
 
 
-def _record(entry: dict) -> Record:
+def record_of(entry: dict) -> Record:
     code = Code(**entry.pop("code"))
     loops, sections = (tuple(Code(**part) for part in entry.pop(name)) for name in ("loops", "sections"))
     return Record(**entry, code=code, loops=loops, sections=sections)
@@ -186,7 +187,7 @@ def _compile(source: Path, arch: int) -> list[Record]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{done.stderr}")
-        return records(arch, done.stderr, _run(cuobjdump(), "-sass", str(cubin)))
+        return records(arch, done.stderr, run(cuobjdump(), "-sass", str(cubin)))
 
 
 def records(arch: int, ptxas: str, sass: str) -> list[Record]:
@@ -242,7 +243,7 @@ def demangle(names: list[str]) -> list[str]:
     """``name<template arguments>`` of each kernel, without namespaces."""
     if not names:
         return []
-    plain = _run("c++filt", *names).splitlines()
+    plain = run("c++filt", *names).splitlines()
     return [_short(name) for name in plain]
 
 
@@ -258,29 +259,7 @@ def _short(name: str) -> str:
     return plain.rpartition("::")[2] + bracket + arguments
 
 
-def triton_record(
-    fn, signature: dict[str, str], constexprs: dict, arch: int, aligned: tuple[str, ...] = (), **options
-) -> Record:
-    """Compile a ``triton.JITFunction`` for an architecture.
-
-    signature: ``{"x": "*fp32", "n": "i32", "BLOCK": "constexpr"}``; constexprs: ``{"BLOCK": 128}``; aligned: arguments
-    that are multiples of 16, which a launch finds out by itself; options: num_warps, num_stages, ... as for a launch.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    attrs = {(list(signature).index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(fn=fn, signature=signature, constexprs=constexprs, attrs=attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        (record,) = records(arch, _ptxas(compiled.asm["ptx"]), _run(cuobjdump(), "-sass", str(cubin)))
-    return replace(record, name=fn.__name__, shared=compiled.metadata.shared)
-
-
-def _ptxas(ptx: str) -> str:
+def ptxas_of(ptx: str) -> str:
     """What ptxas -v says of a kernel, with that of triton's which knows this version of PTX."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
@@ -295,5 +274,5 @@ def _ptxas(ptx: str) -> str:
     raise RuntimeError(f"no ptxas of triton compiles its PTX for {target.group(1)}: {done.stderr}")
 
 
-def _run(*command: str | None) -> str:
+def run(*command: str | None) -> str:
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True).stdout
