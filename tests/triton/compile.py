@@ -93,14 +93,12 @@ def compiled(module, arch):
         if done.returncode:
             raise RuntimeError(f"compiling the launches of {module} for sm_{arch} failed:\n{done.stderr[-4000:]}")
     entries = json.loads(path.read_text())
-    return {
-        name: [(_record(dict(kernel)), kernel["threads"]) for kernel in kernels] for name, kernels in entries.items()
-    }
+    return {name: list(map(_read, kernels)) for name, kernels in entries.items()}
 
 
-def _record(entry):
-    del entry["threads"]
-    return static.record_of(entry)
+def _read(entry):
+    threads = entry.pop("threads")
+    return static.record_of(entry), threads
 
 
 def _fingerprint(module):

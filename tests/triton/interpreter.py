@@ -91,7 +91,8 @@ def _check_accesses(interpreter):
         _check("reads", ptrs, mask)
         if other is None:  # what a masked load leaves undefined is zero nowhere but here
             element = ptrs.get_element_ty()
-            undefined = np.full(ptrs.data.shape, 0x5A5A5A5A).astype(interpreter._get_np_dtype(element))
+            undefined = np.empty(ptrs.data.shape, interpreter._get_np_dtype(element))
+            undefined.view(np.uint8).fill(0x5A)
             if element.is_floating():
                 undefined.fill(0x7FC0 if undefined.dtype == np.uint16 else np.nan)
             other = interpreter.TensorHandle(undefined, element)
@@ -124,9 +125,8 @@ def _check(verb, ptrs, mask):
         wrong = int(addresses[~inside].min())
         distances = [(min(abs(wrong - first), abs(wrong - end)), name, wrong - end) for first, end, name in _KNOWN]
         _, name, beyond = min(distances)
-        raise IndexError(
-            f"{verb} {(~inside).sum()} elements out of bounds, the first {beyond} bytes from the end of {name}"
-        )
+        where = f"the first {beyond} bytes from the end of {name}"
+        raise IndexError(f"{verb} {(~inside).sum()} elements out of bounds, {where}")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """What is compiled for GPUs that are not here: for each kernel module, launches as the operators make them.
 
-A file <module>.py has ``launches()``, a list of `Launch`; tests/triton/compile.py calls each with a driver that compiles
-instead of launching.
+A file <module>.py has ``launches()``, a list of `Launch`. tests/triton/compile.py calls each with a driver that
+compiles instead of launching.
 """
 
 from collections.abc import Callable
