@@ -10,10 +10,12 @@ RECIPE ?= --arch tiny --batch-size 32 --clip-seconds 2 --steps 2500 --lr 4e-3 --
 	--bank-size 512 --final-weight-decay 0.04 --warmup-steps 200 --drop-path 0 --log-every 50
 
 BIN := $(VENV)/bin
-# with nvcc the tests read machine code, and triton brings the disassembler: a gigabyte that others need not install
-STATIC := $(if $(shell PATH="$$PATH:$$CUDA_HOME/bin" command -v nvcc),static)
+comma := ,
+# for the tests alone, a gigabyte; the range is that of pyproject.toml's extra triton
+TRITON := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),triton>=3.6$(comma)<4)
 # says which torch and which Python the environment was made with: another one makes it anew
-READY := $(VENV)/.ready-$(subst /,_,$(TORCH))-$(notdir $(PYTHON))$(STATIC:%=-%)
+READY := $(VENV)/.ready-$(subst /,_,$(TORCH))-$(notdir $(PYTHON))
+TESTABLE := $(READY)-tests
 PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
@@ -44,8 +46,12 @@ $(READY): pyproject.toml
 	$(PIP) install "$(TORCH)"
 	$(PIP) install -q "setuptools>=77" wheel "pybind11>=2.13" "ninja>=1.11"
 	$(PIP) install -q --no-deps tinysoundfont==0.3.7
-	$(PIP) install --no-build-isolation -e ".[train,eval,demo,test$(STATIC:%=,%)]"
+	$(PIP) install --no-build-isolation -e ".[train,eval,demo,test]"
 	@rm -f $(VENV)/.ready*
+	@touch "$@"
+
+$(TESTABLE): $(READY)
+	$(if $(TRITON),$(PIP) install -q "$(TRITON)")
 	@touch "$@"
 
 env: $(READY)
@@ -64,11 +70,11 @@ pretrain: build
 	@echo "== probing what it learned"
 	@$(BIN)/atst-fast probe --run $(RUN) --data $(DATA)
 
-test: build
+test: build $(TESTABLE)
 	@echo "== tests"
 	$(PY) -m pytest tests benchmarks -m "not long" $(if $(REQUIRE),--require $(REQUIRE)) -rs --durations=5
 
-test-all: build
+test-all: build $(TESTABLE)
 	@echo "== all tests"
 	$(PY) -m pytest tests benchmarks -rs --durations=15
 	$(MAKE) sanitize

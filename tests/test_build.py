@@ -1,5 +1,6 @@
 """The build: what it contains, and that its instruction sets cannot leak into one another."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 import atst_fast
 from atst_fast import _C
+from atst_fast.ops._registry import triton_operators
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,9 +20,15 @@ def test_build_info_names_who_runs_what(isa):
     assert set(info["operators"]) >= {"log_mel", "augment", "patch_embed", "frame_attention", "ema_update_"}
     kernels = "".join(path.read_text() for path in ROOT.glob("csrc/*/*_cuda.cu"))
     for op, who in info["operators"].items():
-        assert isa in who["cpu"]
+        assert isa in who["cpu"] or who["cpu"] == "PyTorch"
         built = f'm.impl("{op}"' in kernels and not info["cuda"].startswith("none: ")
-        assert who["cuda"].startswith("CUDA (sm_" if built else "reference: "), op
+        expected = "Triton (" if op in triton_operators() else "CUDA (sm_" if built else "reference: "
+        assert who["cuda"].startswith(expected), op
+
+
+def test_one_range_of_triton():
+    (range_,) = re.findall(r"triton(>=[\d.]+,<\d+)", (ROOT / "pyproject.toml").read_text())
+    assert f"triton{range_.replace(',', '$(comma)')}" in (ROOT / "Makefile").read_text()
 
 
 def test_force_isa_refuses_what_the_machine_lacks():
