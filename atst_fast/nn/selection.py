@@ -1,9 +1,15 @@
-"""Which tokens of a batch are read: the index lists that the last block of an encoder works with."""
+"""Which tokens of a batch are read: the index lists that the last block of an encoder works with.
+
+``Selection`` has lists as long as they need to be, on the CPU; ``FixedSelection`` has lists of a fixed size, made where
+the mask is without asking it anything, so that a training step never waits for its GPU and can be captured in a graph.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from atst_fast.ops import _checks
 
 
 class Selection(NamedTuple):
@@ -53,6 +59,56 @@ class Selection(NamedTuple):
         both = torch.zeros(2, len(self.query_counts) + 1, dtype=torch.int32)
         torch.cumsum(torch.stack([self.query_counts, self.key_counts]), 1, dtype=torch.int32, out=both[:, 1:])
         return tuple(both.to(device, non_blocking=True))
+
+
+class FixedSelection(NamedTuple):
+    """Selected tokens of a ``[B, L, D]`` batch of which all tokens are valid, in lists of ``capacity`` C places.
+
+    ``rows`` int64 ``[C]``: rows of the flat ``[B*L, D]`` batch, ascending, then -1 (padding). ``inverse`` int64
+    ``[B*L]``: the place of each row in that list, or -1; both are what ``ops.select_rows`` takes.
+    ``cu_seqlens_q``, ``cu_seqlens_k`` int32 ``[B + 1]``: where the selected tokens of each clip begin in the list, and
+    where its keys begin in the batch (all L tokens of a clip are keys). ``count`` int64, a scalar: how many places are
+    not padding. ``max_seqlen``: L, the most of either that a clip can have.
+
+    All tensors lie on the mask's device. If the mask selects more than C tokens the first C are listed and ``count`` is
+    -1, which makes the loss NaN: nothing is left out silently.
+    """
+
+    rows: Tensor
+    inverse: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    count: Tensor
+    max_seqlen: int
+
+    @classmethod
+    def build(cls, mask: Tensor, capacity: int) -> "FixedSelection":
+        """From a bool mask ``[B, L]`` (True: read this token). ``train.masks.capacity`` says how many places do.
+
+        Raises TypeError for another dtype, ValueError for another rank or less than one place.
+        """
+        expected = "[B, L] (clips, tokens), True where a token is read"
+        _checks.tensor("FixedSelection", "mask", mask, expected, dim=2, dtypes=(torch.bool,))
+        if capacity < 1:
+            _checks.fail("FixedSelection", "capacity", "at least 1", capacity)
+        batch, length = mask.shape
+        device = mask.device
+        mask = mask.flatten()
+        seen = mask.cumsum(0)  # tokens selected up to and with each row
+        ends = torch.nn.functional.pad(seen, (1, 0))[::length] if length else seen.new_zeros(batch + 1)
+        # the i-th selected row is the first up to which i have been seen
+        rows = torch.searchsorted(seen, torch.arange(1, capacity + 1, device=device))
+        rows = rows.masked_fill(rows >= len(mask), -1)
+        inverse = (seen - 1).masked_fill(~mask | (seen > capacity), -1)
+        count = ends[-1].masked_fill(ends[-1] > capacity, -1)
+        keys = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+        return cls(rows, inverse, ends.clamp(max=capacity).int(), keys, count, length)
+
+    def per_row(self, per_clip: Tensor) -> Tensor:
+        """Values ``[B]`` of the clips, such as the factors of stochastic depth, for each place: ``[C]``; the padding
+        gets zeros."""
+        padded = self.rows < 0
+        return per_clip[(self.rows // max(self.max_seqlen, 1)).masked_fill(padded, 0)].masked_fill(padded, 0)
 
 
 def take(x: Tensor, rows: Tensor | None) -> Tensor:
