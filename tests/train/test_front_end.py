@@ -56,7 +56,8 @@ def test_golden_transform(isa, case):
         for view, expected in zip(views, stored):
             torch.testing.assert_close(view[0], expected, rtol=0, atol=tol.FRONT_END)
         mask = t[f"out/{case['id']}/call{call}/mask"]
-        assert torch.equal(spans_to_mask(spans, [options["mask_len"]] * len(spans), len(mask)), mask)
+        spans = torch.tensor([spans])
+        assert torch.equal(spans_to_mask(spans, torch.full_like(spans, options["mask_len"]), len(mask))[0], mask)
 
 
 def batches(front, n, seed=0):
