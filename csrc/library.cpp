@@ -17,6 +17,9 @@ STABLE_TORCH_LIBRARY(ATST_LIBRARY, m) {
   m.def("patch_embed(Tensor mel, Tensor weight, Tensor? bias, Tensor? mask, Tensor? mask_embed, Tensor? pos_embed, int[] patch, int[] stride) -> Tensor");
   m.def("patch_embed_backward(Tensor grad, Tensor mel, Tensor weight, Tensor? mask, int pos_rows, bool needs_mel, int[] patch, int[] stride) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  // rows
+  m.def("select_rows(Tensor x, Tensor rows, Tensor inverse) -> Tensor");
+
   // frame_attention
   m.def("frame_attention(Tensor qkv, Tensor? lengths, int num_heads, float scale, bool attend_padded) -> (Tensor out, Tensor lse)");
   m.def("frame_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor? lengths, int num_heads, float scale, bool attend_padded) -> Tensor");

@@ -11,6 +11,7 @@ from atst_fast.ops.epilogue import add_branch, batch_norm_relu, bias_gelu
 from atst_fast.ops.frame_attention import frame_attention, frame_attention_packed
 from atst_fast.ops.log_mel import log_mel
 from atst_fast.ops.patch_embed import patch_embed
+from atst_fast.ops.rows import select_rows
 
 __all__ = [
     "AugmentDraws",
@@ -26,4 +27,5 @@ __all__ = [
     "frame_attention_packed",
     "log_mel",
     "patch_embed",
+    "select_rows",
 ]

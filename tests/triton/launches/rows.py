@@ -1,0 +1,24 @@
+"""A GPU's share of the base model and of the small one: a batch's masked rows, there and back."""
+
+import torch
+
+from atst_fast.kernels import rows
+from tests.triton.launches import SOME, Launch
+
+# bytes of a thread's access: all of them 16 where the width is a multiple of 8
+WIDE = {"LDG.128": SOME, "STG.128": SOME}
+
+
+def call(config, width, dtype):
+    x, index, inverse = torch.empty(2000, width, dtype=dtype), torch.empty(1088).long(), torch.empty(2000).long()
+    return lambda: rows.select_rows(x, index, inverse, config)
+
+
+def launches():
+    made = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for width in (384, 768, 300):
+            for config in rows.CONFIGS if dtype == torch.bfloat16 else (rows.choose(width),):
+                name = f"{str(dtype).removeprefix('torch.')} {width} {tuple(config)}"
+                made.append(Launch(name, call(config, width, dtype), opcodes=WIDE if width % 8 == 0 else {}))
+    return made
