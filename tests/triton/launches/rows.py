@@ -15,10 +15,10 @@ def call(config, width, dtype):
 
 
 def launches():
-    made = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for width in (384, 768, 300):
-            for config in rows.CONFIGS if dtype == torch.bfloat16 else (rows.choose(width),):
-                name = f"{str(dtype).removeprefix('torch.')} {width} {tuple(config)}"
-                made.append(Launch(name, call(config, width, dtype), opcodes=WIDE if width % 8 == 0 else {}))
-    return made
+    cases = [(config, 768, torch.bfloat16) for config in rows.CONFIGS]
+    cases += [(rows.choose(width), width, dtype) for width, dtype in [(384, torch.float16), (768, torch.float32)]]
+    cases += [(rows.choose(300), 300, torch.bfloat16)]
+    return [
+        Launch(f"{dtype} {width} {tuple(config)}", call(config, width, dtype), opcodes=WIDE if width % 8 == 0 else {})
+        for config, width, dtype in cases
+    ]
