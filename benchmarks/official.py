@@ -79,13 +79,15 @@ class PatchEmbed(nn.Module):
 
 
 class Encoder(nn.Module):
+    block = Block
+
     def __init__(self, dim, depth, num_heads, *, mlp_ratio=4.0, drop_path_rate=0.1, patch=(64, 4), positions=250):
         super().__init__()
         self.patch_embed = PatchEmbed(patch, dim)
         self.mask_embed = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, positions + 1, dim))
         rates = torch.linspace(0, drop_path_rate, depth).tolist()
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate) for rate in rates)
+        self.blocks = nn.ModuleList(self.block(dim, num_heads, mlp_ratio, rate) for rate in rates)
         self.norm_frame = nn.LayerNorm(dim, eps=1e-6)
 
     def tokens(self, mel, length, mask=None):
@@ -135,11 +137,13 @@ def distance(p, z):
 class System(nn.Module):
     """Student and teacher; ``sizes`` as the values of ``atst_fast.models.ARCHS``."""
 
+    encoder = Encoder
+
     def __init__(self, sizes, *, hidden=4096, out=256, symmetric=True, **encoder):
         super().__init__()
         self.symmetric = symmetric
-        self.student = Network(Encoder(**sizes, **encoder), sizes["dim"], hidden, out, True)
-        self.teacher = Network(Encoder(**sizes, **encoder), sizes["dim"], hidden, out, False)
+        self.student = Network(self.encoder(**sizes, **encoder), sizes["dim"], hidden, out, True)
+        self.teacher = Network(self.encoder(**sizes, **encoder), sizes["dim"], hidden, out, False)
         self.teacher.requires_grad_(False)
         self.teacher.load_state_dict({k: v for k, v in self.student.state_dict().items() if "predictor" not in k})
 
