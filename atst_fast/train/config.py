@@ -81,6 +81,10 @@ class PretrainConfig:
     """everything random follows from it"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """what the networks compute in (weights and optimizer are float32 in any case); auto: bf16 on a GPU"""
+    graph: bool = True
+    """run the step as a CUDA graph; without a GPU it does nothing"""
     workers: int | None = None
     """threads that decode audio; default: one per core"""
     prefetch: int = 4
@@ -100,7 +104,8 @@ class PretrainConfig:
 
 
 # What may differ between the two parts of a resumed run: where it runs and how it reports, not what it computes.
-FREE = {"data", "out", "epochs", "device", "workers", "prefetch", "log_every", "save_every", "keep", "resume"}
+FREE = {"data", "out", "epochs", "device", "graph", "workers", "prefetch"}
+FREE |= {"log_every", "save_every", "keep", "resume"}
 
 
 def check(config: PretrainConfig) -> None:

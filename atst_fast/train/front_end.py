@@ -7,16 +7,21 @@ from torch import Tensor, nn
 
 from atst_fast.nn import LogMelSpectrogram
 from atst_fast.ops.augment import MemoryBank, augment_views, draw_augment
-from atst_fast.train.masks import block_mask
+from atst_fast.train.masks import block_mask, capacity
 
 
 class FrontEndBatch(NamedTuple):
-    """``view1``, ``view2`` ``[B, 1, F, T]`` float32; ``lengths`` int64 ``[B]`` mel frames; ``mask`` bool ``[B, L]``."""
+    """``view1``, ``view2`` ``[B, 1, F, T]`` float32; ``lengths`` int64 ``[B]`` mel frames; ``mask`` bool ``[B, L]``.
+
+    ``capacity``: the most patches of ``mask`` that may be masked, where nobody can count them, see
+    ``models.ATSTFrame.forward``; None on a CPU, which counts.
+    """
 
     view1: Tensor
     view2: Tensor
     lengths: Tensor
     mask: Tensor
+    capacity: int | None = None
 
 
 class FrontEnd(nn.Module):
@@ -26,10 +31,13 @@ class FrontEnd(nn.Module):
     warped in frequency (``aug_stu=True``), both have the same mask. ``mixup`` and ``freq_warp`` leave either out. Each
     augmented view has a memory bank of ``bank_size`` clips of its own.
 
-    It runs on the device of the waveform, which is that of its buffers. All draws come from one ``generator``, those of
-    the views on a GPU from a second one on that GPU, ``device_generator``, with the same seed; the masks are drawn on
-    the CPU in any case, and copied. The state dict holds generators and banks, so a run that is continued sees the same
-    views. Random states of a CPU and a GPU are not interchangeable: one that was saved on the other is refused.
+    It runs on the device of the waveform, which is that of its buffers, and draws there: from ``generator`` on a CPU,
+    on a GPU from ``device_generator``, which has the same seed. The state dict holds generators and banks, so a run
+    that is continued sees the same views. Random states of a CPU and a GPU are not interchangeable: one that was saved
+    on the other is refused. On a GPU nothing waits for it, and a CUDA graph can hold a call (once the banks exist, so
+    not the first one), with ``device_generator`` registered.
+
+    ``fixed_size`` says whether batches get a ``capacity``; None: on a GPU only.
     """
 
     def __init__(
@@ -48,16 +56,18 @@ class FrontEnd(nn.Module):
         freq_warp: bool = True,
         bank_size: int = 2000,
         seed: int = 0,
+        fixed_size: bool | None = None,
     ):
         super().__init__()
         self.log_mel = LogMelSpectrogram(sample_rate=sample_rate, n_mels=n_mels, win_length=win_length)
         self.patch_width = patch_width
-        self.mask_ratio, self.mask_len, self.mask_type = mask_ratio, mask_len, mask_type
+        self.masks: dict[str, Any] = {"mask_ratio": mask_ratio, "mask_len": mask_len, "mask_type": mask_type}
         self.augmented = (aug_tea, aug_stu)
         self.freq_scale = (0.6, 1.5) if freq_warp else None
         self.banks = [MemoryBank(bank_size) if on and mixup else None for on in self.augmented]
         self.generator = torch.Generator().manual_seed(seed)
         self.device_generator: torch.Generator | None = None
+        self.fixed_size = fixed_size
 
     @torch.no_grad()
     def forward(self, waveform: Tensor) -> FrontEndBatch:
@@ -65,25 +75,20 @@ class FrontEnd(nn.Module):
         all frames count as valid."""
         mel = self.log_mel(waveform[:, None])
         clips, _, _, frames = mel.shape
-        mask = block_mask(
-            clips,
-            frames // self.patch_width,
-            mask_ratio=self.mask_ratio,
-            mask_len=self.mask_len,
-            mask_type=self.mask_type,
-            generator=self.generator,
-        )
+        patches = frames // self.patch_width
         generator = self._generator_on(mel.device)
+        mask = block_mask(clips, patches, **self.masks, generator=generator)
         draws = [
             draw_augment(mel.shape, bank and bank.to(mel.device), generator, freq_scale=self.freq_scale) if on else None
             for on, bank in zip(self.augmented, self.banks)
         ]
         view1, view2 = augment_views(mel, draws, self.banks)
         lengths = torch.full((clips,), frames, dtype=torch.int64, device=mel.device)
-        return FrontEndBatch(view1, view2, lengths, mask.to(mel.device, non_blocking=True))
+        fixed = mel.device.type != "cpu" if self.fixed_size is None else self.fixed_size
+        return FrontEndBatch(view1, view2, lengths, mask, capacity(clips, patches, **self.masks) if fixed else None)
 
     def _generator_on(self, device: torch.device) -> torch.Generator:
-        """The generator of the views' draws, which are made where the mel is."""
+        """The generator of all draws, which are made where the mel is."""
         if device.type == "cpu":
             return self.generator
         if self.device_generator is None or self.device_generator.device != device:

@@ -18,11 +18,13 @@ from atst_fast.train.config import PretrainConfig, UserError, check, conflicts, 
 from atst_fast.train.data import Batches, Prefetcher, open_source
 from atst_fast.train.files import explain, make_folder, only_one, write_atomically
 from atst_fast.train.front_end import FrontEnd
+from atst_fast.train.graph import CudaGraph, Stepper
 from atst_fast.train.info import environment
 from atst_fast.train.logging import RunLog, Stopwatch
 from atst_fast.train.memory import keep_freed_memory
+from atst_fast.train.precision import Trainee, pick_precision
 from atst_fast.train.schedule import Schedules
-from atst_fast.train.step import make_optimizer, train_step
+from atst_fast.train.upload import upload
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -41,6 +43,8 @@ class Run:
     def __init__(self, config: PretrainConfig, console: Console):
         self.config, self.console = config, console
         self.device = pick_device(config.device)
+        if self.device.index is not None and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         self.problems = Problems(lambda text: console.print(text, style="yellow", highlight=False, markup=False))
         source = open_source(config.data, config.workers, self.problems)
         self.batches = Batches(
@@ -52,7 +56,8 @@ class Run:
             subset=config.subset,
         )
         self.clips = {"count": len(source.names), "sha256": self.batches.fingerprint()}
-        self.settings = resolve(config, self.batches.per_epoch) | {"clips": self.clips["sha256"]}
+        self.settings = resolve(config, self.batches.per_epoch)
+        self.settings |= {"clips": self.clips["sha256"], "precision": pick_precision(config.precision, self.device)}
         self.steps = self.settings["steps"]
 
         torch.manual_seed(config.seed)
@@ -80,7 +85,7 @@ class Run:
             final_weight_decay=s["final_weight_decay"],
             momentum=s["momentum"],
         )
-        self.optimizer = make_optimizer(self.model, self.schedules)
+        self.trainee = Trainee(self.model, self.schedules, s["precision"])
         self.saved = {"model": self.model.config, "front_end": mel, "settings": self.settings, "clips": self.clips}
         self.done = 0  # steps
         self.last_saved: Path | None = None
@@ -94,20 +99,19 @@ class Run:
             self.console.print(f"going on after step {self.done}", highlight=False)
         self.describe()
         watch, log_every = Stopwatch(self.device), self.config.log_every
-        pin = self.device.type == "cuda"
+        gpu = self.device.type == "cuda"
+        graph = CudaGraph(self.device) if gpu and self.config.graph else None
+        stepper = Stepper(self.front_end, self.trainee, self.schedules, graph=graph, watch=watch)
         bad = torch.full((), -1, device=self.device)  # the first step whose loss was not finite
         log = RunLog(self.config.out, self.console, self.done, self.steps, self.config.batch_size)
-        prefetcher = Prefetcher(self.batches, self.done, self.steps, ahead=self.config.prefetch, pin=pin)
-        with stop_signals() as stopped, log, prefetcher as batches:
-            last = False
+        prefetcher = Prefetcher(self.batches, self.done, self.steps, ahead=self.config.prefetch, pin=gpu)
+        with stop_signals() as stopped, log, prefetcher as prepared:
+            batches, last = upload(prepared, self.device), False
             while not last:
                 with watch("data", host=True):
                     batch = next(batches)
-                with watch("front end"):
-                    views = self.front_end(batch.waveform.to(self.device, non_blocking=True))
-                with watch("step"):
-                    out = train_step(self.model, self.optimizer, self.schedules, views, batch.step)
-                bad = torch.where((bad < 0) & ~out.loss.isfinite(), batch.step, bad)
+                out = stepper(batch.waveform, batch.step)
+                bad.masked_fill_((bad < 0) & ~out.loss.isfinite(), batch.step)
                 self.done += 1
                 log.advance()
                 last, save = self.done == self.steps or bool(stopped), self.done % self.config.save_every == 0
@@ -132,7 +136,8 @@ class Run:
             return
         path = found[-1] if how == "auto" else checkpoint.find(Path(how))
         loaded, state = checkpoint.load(path), checkpoint.load_state(path)
-        differing = conflicts(self.settings, loaded.config.get("settings", {}))
+        written = {"precision": "float32"} | loaded.config.get("settings", {})  # older ones had no other
+        differing = conflicts(self.settings, written)
         if differing:
             before = loaded.config.get("clips", {}).get("count", "unknown")
             counts = f"clips: other files or lengths than before ({self.clips['count']} now, {before} before)"
@@ -143,7 +148,8 @@ class Run:
             cure = "delete what is later than it, or choose another --out"
             raise UserError(f"--resume {how} is at step {loaded.step}, but {out} has {found[-1].name}; {cure}")
         checkpoint.load_model(self.model, loaded.weights)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.trainee.rewrite()
+        self.trainee.optimizer.load_state_dict(state["optimizer"])
         self.front_end.load_state_dict(state["front_end"])
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
@@ -157,8 +163,8 @@ class Run:
         with explain(f"write {out / 'config.json'}"):
             write_atomically(out / "config.json", lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
         self.console.print(
-            f"ATST-Frame {s['arch']} on {self.device}: {self.clips['count']} clips, {self.steps} steps of "
-            f"{s['batch_size']} ({s['epochs']:.1f} epochs), peak lr {s['peak_lr']:.2e}; run: {out}",
+            f"ATST-Frame {s['arch']} on {self.device} in {s['precision']}: {self.clips['count']} clips, {self.steps} "
+            f"steps of {s['batch_size']} ({s['epochs']:.1f} epochs), peak lr {s['peak_lr']:.2e}; run: {out}",
             highlight=False,
             soft_wrap=True,
         )
@@ -168,7 +174,7 @@ class Run:
             raise UserError(f"step {self.done - 1}: weights are not finite any more; {self._kept()}")
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state: dict[str, Any] = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.trainee.optimizer.state_dict(),
             "front_end": self.front_end.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": cuda,

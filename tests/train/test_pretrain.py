@@ -86,8 +86,14 @@ def but(config, **changes):
 def command(config):
     """The same run as a command line."""
     fields = dataclasses.asdict(config)
-    options = [(f"--{k.replace('_', '-')}", str(v)) for k, v in fields.items() if v is not None]
-    return [sys.executable, "-c", PROGRAM, "pretrain", *(word for pair in options for word in pair)]
+    words = []
+    for name, value in fields.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None:
+            words += [f"--{option}", str(value)]
+    return [sys.executable, "-c", PROGRAM, "pretrain", *words]
 
 
 def final(config):
@@ -123,13 +129,13 @@ def lines(config):
 
 def interrupt_after(monkeypatch, steps, act):
     """Let the training step do ``act`` at the end of step number ``steps``."""
-    real = pretrain.train_step
+    real = pretrain.Stepper.__call__
 
-    def step(model, optimizer, schedules, batch, number):
-        out = real(model, optimizer, schedules, batch, number)
+    def step(self, waveform, number):
+        out = real(self, waveform, number)
         return (act(out) or out) if number == steps else out
 
-    monkeypatch.setattr(pretrain, "train_step", step)
+    monkeypatch.setattr(pretrain.Stepper, "__call__", step)
 
 
 def test_a_run_leaves_everything_behind(whole, capsys):
@@ -310,6 +316,19 @@ def test_resume_never_and_from_a_path(whole, config, capsys):
         pretrain.pretrain(but(config, resume="nowhere"))
 
 
+def test_a_run_from_before_there_were_precisions_goes_on(config, whole):
+    assert pretrain.pretrain(but(config, steps=STEPS, save_every=8)) == 0
+    ninth = checkpoint.checkpoints(config.out)[0]
+    loaded, state = checkpoint.load(ninth), checkpoint.load_state(ninth)
+    state.pop("step")
+    del loaded.config["settings"]["precision"], loaded.config["settings"]["graph"]
+    older = but(config, out=config.out.with_name("older"))
+    weights = {k.removeprefix("model."): v for k, v in loaded.weights.items()}
+    checkpoint.save(older.out, loaded.step, weights, state, loaded.config, 2)
+    assert pretrain.pretrain(older) == 0
+    assert_same_run(whole, older)
+
+
 def test_a_loss_that_is_not_finite_stops_with_step_and_files(config, monkeypatch):
     interrupt_after(monkeypatch, 4, lambda out: out._replace(loss=out.loss * float("nan")))
     with pytest.raises(UserError, match=r"step 4: the loss is not finite; the last good checkpoint is .*00000004") as e:
@@ -319,16 +338,16 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_files(config, monkeypatch
 
 
 def test_weights_that_are_not_finite_are_never_saved(config, monkeypatch):
-    real = pretrain.train_step
+    real = pretrain.Stepper.__call__
 
-    def step(model, *rest):
-        out = real(model, *rest)
-        if rest[-1] == 7:
+    def step(self, waveform, number):
+        out = real(self, waveform, number)
+        if number == 7:
             with torch.no_grad():
-                model.student.encoder.norm_frame.weight[0] = float("inf")
+                self.trainee.model.student.encoder.norm_frame.weight[0] = float("inf")
         return out
 
-    monkeypatch.setattr(pretrain, "train_step", step)
+    monkeypatch.setattr(pretrain.Stepper, "__call__", step)
     with pytest.raises(UserError, match=r"step 7: weights are not finite any more; .*00000004"):
         pretrain.pretrain(config)
     assert checkpoint.load(config.out).step == 4
@@ -353,10 +372,9 @@ def test_a_full_disk_stops_clearly_and_the_run_can_go_on(config, whole, monkeypa
 
 
 def test_collapse_is_told_once(config, monkeypatch, capsys):
-    real = pretrain.train_step
-    monkeypatch.setattr(
-        pretrain, "train_step", lambda *a: (out := real(*a))._replace(std_teacher=out.std_teacher * 0 + 0.001)
-    )
+    real = pretrain.Stepper.__call__
+    collapsed = lambda *a: (out := real(*a))._replace(std_teacher=out.std_teacher * 0 + 0.001)  # noqa: E731
+    monkeypatch.setattr(pretrain.Stepper, "__call__", collapsed)
     assert pretrain.pretrain(config) == 0
     assert capsys.readouterr().err.count("the outputs collapse (std_teacher 0.0010") == 1
 

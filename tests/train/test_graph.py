@@ -1,0 +1,146 @@
+"""What surrounds a CUDA graph of the step, with a double in its place that only records what to do."""
+
+import pytest
+import torch
+
+from atst_fast.optim import AdamWEMA
+from atst_fast.train.graph import WARM_UP
+from tests.train import tiny
+
+
+class Double:
+    """Records a step without doing it; a replay does it, with the recorded tensors. Counts what is asked of it."""
+
+    def __init__(self):
+        self.ran = self.replayed = 0
+        self.recorded = []
+
+    def run(self, work):
+        self.ran += 1
+        return work()
+
+    def record(self, work, generators):
+        self.work, self.numbers = work, torch.full((3,), torch.nan)
+        self.recorded.append(generators)
+        return self.numbers
+
+    def replay(self):
+        self.replayed += 1
+        self.numbers.copy_(self.work())
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    threads(1)
+
+
+def state(step):
+    everything = {**step.trainee.model.state_dict(), **step.front_end.state_dict()["_extra_state"]}
+    for i, values in step.trainee.optimizer.state_dict()["state"].items():
+        everything |= {f"{i}.{name}": value for name, value in values.items()}
+    everything["bank"] = everything.pop("banks")[1]["mels"]
+    everything["rng"] = torch.get_rng_state()
+    return {k: v for k, v in everything.items() if v is not None}
+
+
+def assert_same_state(one, other):
+    ours, theirs = state(one), state(other)
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert torch.equal(value, theirs[key]), key
+
+
+@pytest.mark.parametrize("precision", ["float32"])
+def test_replays_are_the_plain_steps_bit_for_bit(precision):
+    plain = tiny.stepper(precision)
+    expected, rng = tiny.curve(plain, 7, first=20), torch.get_rng_state()
+    double = Double()
+    graphed = tiny.stepper(precision, graph=double)
+    waveform, results = tiny.clips(0), []
+    for k in range(20, 27):
+        waveform.copy_(tiny.clips(k))
+        results.append(graphed(waveform, k))
+        waveform.fill_(0)  # whoever brings batches may use the memory again
+    assert (double.ran, double.recorded, double.replayed) == (WARM_UP, [[]], 7 - WARM_UP)
+    assert torch.equal(torch.stack([torch.stack(r[:3]) for r in results]), expected)
+    assert [r.rates for r in results] == [plain.schedules(k) for k in range(20, 27)]
+    torch.set_rng_state(rng)
+    assert_same_state(graphed, plain)
+
+
+def test_rates_are_there_before_the_replay(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        AdamWEMA, "refresh", lambda self: seen.append([*(g["lr"] for g in self.param_groups), self.momentum])
+    )
+    double = Double()
+    step = tiny.stepper(graph=double)
+    tiny.curve(step, WARM_UP + 2)
+    rates = [step.schedules(k) for k in range(WARM_UP, WARM_UP + 2)]
+    assert seen == [[r.lr, r.lr, r.momentum] for r in rates]
+
+
+def test_a_batch_of_another_shape_is_trained_plainly():
+    double, plain = Double(), tiny.stepper()
+    graphed = tiny.stepper(graph=double)
+    shapes = [8, 8, 8, 8, 5, 8, 5]
+    for step in (plain, graphed):
+        torch.manual_seed(1)
+        results = [step(tiny.clips(k, batch), k) for k, batch in enumerate(shapes)]
+        assert all(r.loss.isfinite() for r in results)
+        if step is plain:
+            expected = results
+    assert (double.ran, len(double.recorded), double.replayed) == (5, 1, 2)
+    assert [r.loss for r in results] == [r.loss for r in expected]
+
+
+def test_what_is_recorded_has_been_run_before_in_that_shape():
+    double = Double()
+    step = tiny.stepper(graph=double)
+    for k, batch in enumerate([5, 5, *[8] * WARM_UP]):
+        step(tiny.clips(k, batch), k)
+        assert not double.recorded
+    step(tiny.clips(9), 9)
+    assert len(double.recorded) == 1
+
+
+def test_the_generator_of_the_views_is_registered():
+    double = Double()
+    step = tiny.stepper(graph=double)
+    tiny.curve(step, WARM_UP)
+    step.front_end.device_generator = torch.Generator()
+    tiny.curve(step, 1)
+    assert double.recorded == [[step.front_end.device_generator]]
+
+
+def test_no_gradients_are_held_while_others_are_recorded():
+    double = Double()
+    step = tiny.stepper(graph=double)
+    tiny.curve(step, WARM_UP)
+    record = double.record
+
+    def check(*args):
+        assert all(p.grad is None for p in step.trainee.working.parameters())
+        return record(*args)
+
+    double.record = check
+    tiny.curve(step, 1, first=WARM_UP)
+    assert double.replayed == 1
+
+
+def test_parts_are_watched_but_not_while_they_are_recorded():
+    seen = []
+
+    class Watch:
+        def __init__(self, part):
+            seen.append(part)
+
+        def __enter__(self): ...
+
+        def __exit__(self, *_): ...
+
+    double = Double()
+    step = tiny.stepper(graph=double)
+    step.watch = Watch
+    tiny.curve(step, WARM_UP + 2)
+    assert seen == ["front end", "step"] * WARM_UP + ["step"] * 2

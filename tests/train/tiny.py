@@ -1,0 +1,40 @@
+"""A system small enough for tests, and clips that it can learn something from."""
+
+import torch
+
+from atst_fast.models import ATSTFrame
+from atst_fast.train.front_end import FrontEnd
+from atst_fast.train.graph import Stepper
+from atst_fast.train.precision import Trainee
+from atst_fast.train.schedule import Schedules
+
+SECONDS, CLIPS = 0.8, 8
+
+
+def clips(step, batch=CLIPS, seconds=SECONDS):
+    """Three tones a clip that go on and off at their own pace, in a little noise: int16 ``[batch, N]``."""
+    generator = torch.Generator().manual_seed(step)
+    t = torch.arange(int(16000 * seconds)) / 16000
+    octave, pace, phase = torch.rand(3, batch, 3, 1, generator=generator)
+    on = torch.sin(2 * torch.pi * ((1 + 8 * pace) * t + phase)) > 0
+    tones = 0.2 * torch.sin(2 * torch.pi * 100 * 2 ** (5 * octave) * t) * on
+    noise = 0.01 * torch.randn(batch, len(t), generator=generator)
+    return ((tones.sum(1) + noise).clamp(-1, 1) * 32767).to(torch.int16)
+
+
+def stepper(precision="float32", *, steps=200, device="cpu", graph=None, drop_path=0.1, **front_end):
+    """Everything of a run, always with the same weights and draws."""
+    torch.manual_seed(0)
+    size = {"dim": 64, "depth": 2, "num_heads": 2}
+    frames = int(SECONDS * 100) + 1
+    model = ATSTFrame(size, hidden=128, out=32, max_frames=frames, drop_path_rate=drop_path).to(device)
+    schedules = Schedules(steps=steps, lr=2e-3, warmup_steps=steps // 10, momentum=0.99)
+    front = FrontEnd(bank_size=32, **front_end).to(device)
+    return Stepper(front, Trainee(model, schedules, precision), schedules, graph=graph)
+
+
+def curve(step, steps, first=0):
+    """Loss and output deviations ``[steps, 3]`` of so many steps."""
+    device = step.device
+    results = [step(clips(k).to(device), k) for k in range(first, first + steps)]
+    return torch.stack([torch.stack(r[:3]) for r in results]).cpu()
