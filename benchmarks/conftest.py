@@ -25,6 +25,8 @@ one group whose other parameters are equal form one comparison: their ratios to 
 "tiny" (and items without a size) run when nothing is measured. extra_info, all optional:
     bytes       bytes that the call must at least read and write, each once
     flops       floating-point operations that it must at least do
+    dtype       "bfloat16" or "float16", where the operations are tensor-core products: of a GPU, their rate is measured
+    peak_flops  the datasheet's rate, of which the result then has the share
     items       what the table's rate counts instead of bytes, as (number, unit): (10.0, "s audio")
     note        a few words for the table
 The floor of a case is the larger of bytes / the machine's best bandwidth and flops / its sgemm rate, measured in the

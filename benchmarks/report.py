@@ -39,9 +39,11 @@ def _case(benchmark, rates: dict) -> dict:
     stats, extra = benchmark.stats, dict(benchmark.extra_info)
     floors = [
         extra["bytes"] / max(v for k, v in rates.items() if k.endswith("bytes_per_s")) if "bytes" in extra else 0.0,
-        extra["flops"] / rates["sgemm_flops"] if "flops" in extra else 0.0,
+        extra["flops"] / _rate_of_products(extra, rates) if "flops" in extra else 0.0,
     ]
     by_memory = floors[0] > floors[1]
+    if "peak_flops" in extra:
+        extra["share_of_peak"] = extra["flops"] / stats.median / extra["peak_flops"]
     return {
         "group": benchmark.group or benchmark.name.split("[")[0],
         "name": benchmark.name,
@@ -54,6 +56,11 @@ def _case(benchmark, rates: dict) -> dict:
         "floor_s": max(floors) or None,
         "floor_by": ("bytes" if by_memory else "flops") if max(floors) else None,
     }
+
+
+def _rate_of_products(extra: dict, rates: dict) -> float:
+    half = extra.get("dtype") in ("bfloat16", "float16")
+    return rates["bf16_flops" if half and "bf16_flops" in rates else "sgemm_flops"]
 
 
 def _comparison(case: dict) -> tuple:
@@ -138,8 +145,17 @@ def _row(case: dict) -> tuple[str, ...]:
         _rate(extra, median, case["floor_by"]),
         share,
         ratio,
-        extra.get("note", ""),
+        _note(extra, median),
     )
+
+
+def _note(extra: dict, seconds: float) -> str:
+    parts = [extra.get("note", "")]
+    if "share_of_peak" in extra:
+        parts.append(f"{extra['flops'] / seconds / 1e12:.0f} TFLOP/s, {extra['share_of_peak']:.1%} of peak")
+    if "reserved_bytes" in extra:
+        parts.append(f"{extra['reserved_bytes'] / 2**30:.1f} GiB")
+    return ", ".join(filter(None, parts))
 
 
 def _values(params: dict) -> list[str]:

@@ -26,6 +26,7 @@ COMMANDS = {
         "demo_data", "demo_data", "demo_data", "DemoDataConfig", "render labelled scenes of instruments"
     ),
     "probe": Command("probe", "probe", "probe", "ProbeConfig", "measure what a trained encoder has learned"),
+    "profile": Command("profile", "profile", "profile", "ProfileConfig", "show where the time of a training step goes"),
     "info": Command("info", "info", "info", "InfoConfig", "who runs each operator here, and which versions"),
 }
 EXTRAS = {

@@ -34,6 +34,12 @@ def measure(request):
     return run
 
 
+@pytest.fixture
+def measured_apart(request, gpu):
+    """``measured_apart(stats, extra_info)``: a case that was measured by a process of its own."""
+    return lambda stats, extra_info: keep(request.node, stats, extra_info)
+
+
 def keep(item, stats, extra_info):
     """Add a case to the result, and write it: a run that is killed, or whose GPU fails, leaves what it has."""
     group = item.get_closest_marker("benchmark").kwargs["group"]

@@ -1,0 +1,44 @@
+"""Training steps on made-up audio: the whole step of pretraining, for whoever wants to see how long it takes."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from atst_fast.models import ATSTFrame
+from atst_fast.train.data import Batch
+from atst_fast.train.front_end import FrontEnd
+from atst_fast.train.graph import CudaGraph, Stepper
+from atst_fast.train.precision import Trainee
+from atst_fast.train.schedule import Schedules
+from atst_fast.train.upload import upload
+
+
+def make_stepper(
+    arch: str | Mapping[str, int],
+    *,
+    samples: int,
+    precision: str,
+    device: torch.device,
+    graph: bool,
+    bank_size: int = 2000,
+    **model: Any,
+) -> Stepper:
+    """A step as ``atst-fast pretrain`` takes it on clips of so many ``samples``, with random weights.
+
+    ``precision``: "float32" or "bf16"; ``graph``: in a CUDA graph, on a GPU; ``model``: further arguments of ATSTFrame.
+    """
+    system = ATSTFrame(arch, max_frames=samples // 160 + 1, **model).to(device)
+    front_end = FrontEnd(bank_size=bank_size).to(device)
+    schedules = Schedules(steps=100_000, lr=1e-4, warmup_steps=1000, momentum=0.997)
+    recorder = CudaGraph(device) if graph and device.type == "cuda" else None
+    return Stepper(front_end, Trainee(system, schedules, precision), schedules, graph=recorder)
+
+
+def batches(clips: int, samples: int, device: torch.device) -> Iterator[Batch]:
+    """Batches of noise int16 ``[clips, samples]`` without end, brought to ``device`` as in pretraining."""
+    waves = [(torch.randn(clips, samples) * 3000).clamp(-32768, 32767).to(torch.int16) for _ in range(2)]
+    if device.type == "cuda":
+        waves = [wave.pin_memory() for wave in waves]
+    return upload((Batch(step, waves[step % 2]) for step in itertools.count()), device)
