@@ -24,7 +24,8 @@ GPU_PYTHON ?= python3
 GPU_CHECKS := gpu-memcheck gpu-racecheck gpu-synccheck
 
 .PHONY: help env build test test-all pretrain bench lint format sanitize clean
-.PHONY: gpu gpu-build gpu-test gpu-bench-ops gpu-bench-step gpu-sanitize $(GPU_CHECKS)
+GPU_STEPS := gpu-bench-small gpu-bench-base
+.PHONY: gpu gpu-build gpu-test gpu-bench-ops gpu-bench-step gpu-profile gpu-tune gpu-sanitize $(GPU_CHECKS) $(GPU_STEPS)
 
 help:
 	@echo "make pretrain   set up .venv, build, render demo audio, pretrain ATST-Frame, probe it, draw pictures"
@@ -32,9 +33,12 @@ help:
 	@echo "make test-all   the same with the long tests, and the C++ kernels under AddressSanitizer and UBSan"
 	@echo "make bench      benchmarks beside what one would call otherwise; one JSON under benchmarks/results/"
 	@echo "make lint       ruff, clang-format, mypy;   make format: rewrite"
-	@echo "make gpu        build for the GPU of this machine, with the torch of GPU_PYTHON; then the tests, the benchmarks"
-	@echo "                and compute-sanitizer: gpu-test, gpu-bench-ops, gpu-bench-step, gpu-sanitize; each under ten"
-	@echo "                minutes. gpu-sanitize is gpu-memcheck, gpu-racecheck and gpu-synccheck"
+	@echo "make gpu        build for the GPU of this machine, with the torch of GPU_PYTHON; then its parts, each meant to"
+	@echo "                take less than ten minutes: gpu-test (the tests, Triton's kernels among them), gpu-bench-ops (the"
+	@echo "                operators), gpu-bench-step (gpu-bench-small and gpu-bench-base: whole steps beside plain PyTorch"
+	@echo "                at its best), gpu-profile (where a step's time goes), gpu-sanitize (gpu-memcheck, gpu-racecheck"
+	@echo "                and gpu-synccheck: compute-sanitizer over the CUDA kernels)"
+	@echo "make gpu-tune   time every configuration of the Triton kernels; OPS='frame_attention rows' takes only those"
 	@echo "make clean      remove the build (keeps .venv, $(DATA) and runs)"
 
 # torch goes in first and alone: the build needs its headers, and the extras must not choose another one.
@@ -111,9 +115,9 @@ GPU_PY := $(if $(findstring /,$(GPU_PYTHON)),$(abspath $(GPU_PYTHON)),$(GPU_PYTH
 GPU_ENV := PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin" PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}"
 GPU := $(GPU_ENV) $(GPU_PY)
 GPU_PLOT := $(GPU) -m benchmarks.plot || echo "no picture was drawn (it needs matplotlib)"
-gpu: gpu-test gpu-bench-ops gpu-bench-step gpu-sanitize
+gpu: gpu-test gpu-bench-ops gpu-bench-step gpu-profile gpu-sanitize
 gpu-sanitize: $(GPU_CHECKS)
-.NOTPARALLEL: gpu gpu-sanitize
+.NOTPARALLEL: gpu gpu-sanitize gpu-bench-step
 
 # From build/, so that a setuptools too old for pyproject.toml will do; then copied, for another build may have put its
 # own extension there. A copy over a file would change it under a process that has loaded it.
@@ -144,10 +148,23 @@ gpu-bench-ops: gpu-build
 	$(GPU) -m pytest benchmarks/gpu --benchmark-enable $(if $(COMMIT),--commit $(COMMIT)) -rs --ignore benchmarks/gpu/bench_step.py
 	@$(GPU_PLOT)
 
-gpu-bench-step: gpu-build
-	@echo "== training steps on the GPU"
-	$(GPU) -m pytest benchmarks/gpu/bench_step.py --benchmark-enable $(if $(COMMIT),--commit $(COMMIT)) -rs
+# One size at a time: torch.compile tunes the peer's kernels for minutes. What it found stays in its cache.
+gpu-bench-step: $(GPU_STEPS)
+$(GPU_STEPS): gpu-bench-%: gpu-build
+	@echo "== training steps on the GPU: $*"
+	$(GPU) -m pytest benchmarks/gpu/bench_step.py -k $* --benchmark-enable $(if $(COMMIT),--commit $(COMMIT)) -rs
 	@$(GPU_PLOT)
+
+# not by the command line, which needs a package that a GPU's Python may lack
+PROFILE := build/profile
+gpu-profile: gpu-build
+	@echo "== where the time of a training step goes: $(PROFILE)"
+	$(GPU) -c "from pathlib import Path; from atst_fast.train.profile import *; \
+		profile(ProfileConfig(out=Path('$(PROFILE)'), arch='base', batch_size=144))"
+
+gpu-tune: gpu-build
+	@echo "== configurations of the Triton kernels"
+	$(GPU) -m benchmarks.gpu.tune $(OPS) $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
 	rm -rf build atst_fast/_C.*.so atst_fast/kernels *.egg-info

@@ -163,6 +163,13 @@ def test_a_case_of_its_own_process(monkeypatch):
     assert sum(bench_step.LIMITS.values()) < 600
 
 
+def test_steps_and_profile_need_nothing_that_decodes_audio():
+    """A machine with a GPU may have torch, matplotlib and rich alone."""
+    code = "import sys; sys.modules.update(dict.fromkeys(('soundfile', 'soxr', 'tyro', 'librosa', 'tensorboard')))"
+    imports = "import benchmarks.gpu.bench_step, atst_fast.train.profile"
+    subprocess.run([sys.executable, "-c", f"{code}; {imports}"], cwd=machine.ROOT, check=True)
+
+
 def gpu_result():
     rates = {"copy_bytes_per_s": 4e12, "add_bytes_per_s": 4.2e12, "scale_bytes_per_s": 4.1e12}
     rates |= {"sgemm_flops": 5e13, "bf16_flops": 7e14}

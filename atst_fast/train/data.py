@@ -9,14 +9,14 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from atst_fast.train.audio import SILENT, AudioError, Problems, find_audio, names_hash, probe, read
+from atst_fast.train.batch import Batch
 from atst_fast.train.config import UserError
 from atst_fast.train.pack import Pack, is_pack
 
@@ -96,13 +96,6 @@ def open_source(path: Path, workers: int | None = None, problems: Problems | Non
     if is_pack(path):
         return PackSource(path)
     return FolderSource(path, workers or os.cpu_count() or 1, problems or Problems())
-
-
-class Batch(NamedTuple):
-    """``waveform`` int16 [B, N] of training step ``step``."""
-
-    step: int
-    waveform: Tensor
 
 
 class Batches:

@@ -16,6 +16,7 @@ from atst_fast.train import checkpoint
 from atst_fast.train.audio import Problems
 from atst_fast.train.config import PretrainConfig, UserError, check, conflicts, resolve
 from atst_fast.train.data import Batches, Prefetcher, open_source
+from atst_fast.train.device import pick_device
 from atst_fast.train.files import explain, make_folder, only_one, write_atomically
 from atst_fast.train.front_end import FrontEnd
 from atst_fast.train.graph import CudaGraph, Stepper
@@ -201,19 +202,6 @@ class Run:
     def _kept(self) -> str:
         found = checkpoint.checkpoints(self.config.out)
         return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ from torch.profiler import ProfilerActivity
 
 from atst_fast.train import trace
 from atst_fast.train.config import RATE, UserError
+from atst_fast.train.device import pick_device
 from atst_fast.train.files import explain, make_folder, write_atomically
 from atst_fast.train.precision import pick_precision
-from atst_fast.train.pretrain import pick_device
 from atst_fast.train.synthetic import batches, make_stepper
 
 TRACE, PICTURE = "trace.json.gz", "profile.png"
@@ -133,7 +133,7 @@ def draw(figure: Any, found: trace.Breakdown, title: str) -> None:
     """All parts as one bar, and what takes longest below."""
     from matplotlib import colormaps
 
-    colours = dict(zip(trace.PARTS, colormaps["tab20"].colors))
+    colours = {name: colormaps["tab20"](i) for i, name in enumerate(trace.PARTS)}
     top, bottom = figure.subplots(2, 1, height_ratios=[1, 5])
     left = 0.0
     for name, seconds in found.parts.items():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from atst_fast.models import ATSTFrame
-from atst_fast.train.data import Batch
+from atst_fast.train.batch import Batch
 from atst_fast.train.front_end import FrontEnd
 from atst_fast.train.graph import CudaGraph, Stepper
 from atst_fast.train.precision import Trainee

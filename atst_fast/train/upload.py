@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from atst_fast.train.data import Batch
+from atst_fast.train.batch import Batch
 
 
 def upload(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -10,7 +10,7 @@ from tests.cuda.static import CSRC, ROOT
 
 
 def dry_run(target, python):
-    command = ["make", "-n", target, f"GPU_PYTHON={python}"]
+    command = ["make", "-n", *target.split(), f"GPU_PYTHON={python}"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
@@ -51,3 +51,11 @@ def test_what_is_required_must_be_there(required, path, message):
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 4
     assert message in run.stdout + run.stderr
+
+
+def test_steps_are_measured_one_size_after_the_other():
+    said = dry_run("gpu-bench-step", "python3")
+    assert said.index("bench_step.py -k small") < said.index("bench_step.py -k base")
+    assert "--ignore benchmarks/gpu/bench_step.py" in dry_run("gpu-bench-ops", "python3")
+    assert "ProfileConfig(" in dry_run("gpu", "python3")
+    assert "-m benchmarks.gpu.tune rows" in dry_run("gpu-tune OPS=rows", "python3")
