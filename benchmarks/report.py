@@ -71,11 +71,20 @@ def _comparison(case: dict) -> tuple:
 
 def save(result: dict) -> Path:
     """Write the result under its device's folder, in one step, and return where."""
+    return write(result, path_of(result))
+
+
+def path_of(result: dict) -> Path:
+    """benchmarks/results/<device>/<date>-<commit>.json"""
     device, commit = result["device"], result["commit"]
-    folder = RESULTS / _slug(device["name"] if on_gpu(result) else f"{device['name']} {device['cores']} cores")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _slug(device["name"] if on_gpu(result) else f"{device['name']} {device['cores']} cores")
     date = re.sub(r"[-:]", "", result["date"])[:15]
-    path = folder / f"{date}-{commit['id']}{'-dirty' if commit['dirty'] else ''}.json"
+    return RESULTS / folder / f"{date}-{commit['id']}{'-dirty' if commit['dirty'] else ''}.json"
+
+
+def write(result: dict, path: Path) -> Path:
+    """In one step; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(temporary, path)
