@@ -34,6 +34,16 @@ STABLE_TORCH_LIBRARY(ATST_LIBRARY, m) {
   m.def("batch_norm_relu(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor out, Tensor mean, Tensor variance)");
   m.def("batch_norm_relu_backward(Tensor grad, Tensor x, Tensor mean, Tensor variance, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)");
 
+  // batch_norm_relu in parts, for rows that are padded or of several processes
+  m.def("column_moments(Tensor x, Tensor? count) -> Tensor");
+  m.def("batch_norm_relu_apply(Tensor x, Tensor moments, Tensor weight, Tensor bias, Tensor? count, float eps) -> Tensor");
+  m.def("batch_norm_relu_sums(Tensor grad, Tensor x, Tensor moments, Tensor weight, Tensor bias, Tensor? count, float eps) -> Tensor");
+  m.def("batch_norm_relu_input_grad(Tensor grad, Tensor x, Tensor moments, Tensor sums, Tensor weight, Tensor bias, Tensor? count, float eps) -> Tensor");
+
+  // frame_loss
+  m.def("frame_loss(Tensor student, Tensor teacher, Tensor? count, bool symmetric) -> (Tensor loss, Tensor sums)");
+  m.def("frame_loss_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? count, bool symmetric) -> Tensor");
+
   // ema
   m.def("ema_update_(Tensor(a!)[] teacher, Tensor[] student, Tensor momentum) -> ()");
   m.def("adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "

@@ -47,10 +47,24 @@ ADD_BRANCH = 3e-7  # three roundings
 # weighs as much as the mean is deviations away from 0. Gradients: the sums of up to 32 rows are float32 as well.
 BATCH_NORM = 4e-7
 BATCH_NORM_GRAD = 1e-6
+# Nearer to 0 than this, of 1 + |weight| + |bias|, rounding decides which side of the ReLU a value is on.
+BATCH_NORM_SIDE = 1e-5
+# bfloat16 and float16, computed in float32 and rounded at the end as torch does: twice its error, and where torch sums
+# parameters' gradients in another order, rounding of such a sum.
+HALF_OF_TORCH, HALF_SUM = 2, 1e-6
+# The mean of 300 float32 values: a rounding in each update of a running mean. Their distances from it are exact, at
+# 1000 deviations from zero to within a unit of 6e-5 deviations, which is what the values themselves lost.
+MOMENT_RTOL, VARIANCE_RTOL = 3e-7, 1e-5
 # A moment moves a running statistic by one float32 lerp; the second number is for statistics near 0.
 RUNNING_RTOL, RUNNING_ATOL = 1e-5, 1e-6
 # Sums over rows in float32, of up to 500 terms of both signs, relative to the sum of their sizes.
 ROW_SUM = 1e-6
+
+# frame_loss
+# Cosines are sums of some hundred products of values of rows of length 1, divided by two such lengths; the gradient of
+# a row is the difference of two rows of length 1 times 2 / (rows * length). Sums of columns have it of each row, of
+# either sign.
+FRAME_LOSS = 2e-6
 
 # ema
 # teacher + (1 - momentum) * (student - teacher): the difference, the product and the sum are rounded, half a unit each.

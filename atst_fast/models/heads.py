@@ -1,5 +1,6 @@
 """Projector and predictor: two linear layers with batch statistics between them."""
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from atst_fast import ops
@@ -9,7 +10,8 @@ class Head(nn.Sequential):
     """``Linear -> BatchNorm1d -> ReLU -> Linear``, no biases; keys ``0.weight, 1.*, 3.weight``.
 
     ``[M, dim]`` to ``[M, out]``. The statistics are over all M rows (both views of all clips), and its running mean and
-    variance move with every training forward. Upstream: ``build_mlp`` in ``audiossl/methods/atstframe/byol.py``.
+    variance move with every training forward. ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` makes them those of the
+    rows of all processes, on a CPU too. Upstream: ``build_mlp`` in ``audiossl/methods/atstframe/byol.py``.
     """
 
     def __init__(self, dim: int, hidden: int = 4096, out: int = 256):
@@ -20,20 +22,38 @@ class Head(nn.Sequential):
             nn.Linear(hidden, out, bias=False),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, count: Tensor | None = None) -> Tensor:
+        """``count``: a scalar on the device of x; rows from there on are padding (``ops.batch_norm_relu``). They must
+        be numbers all the same, for the gradient of the first layer is a product of them and zeros."""
         norm = self[1]
-        # anything else (evaluation, SyncBatchNorm put in its place) runs as it is
-        if type(norm) is not nn.BatchNorm1d or not norm.training or not norm.affine or norm.momentum is None:
-            return super().forward(x)
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-        h = ops.batch_norm_relu(
-            self[0](x),
-            norm.weight,
-            norm.bias,
-            eps=norm.eps,
-            running_mean=norm.running_mean,
-            running_var=norm.running_var,
-            momentum=norm.momentum,
-        )
-        return self[3](h)
+        plain = norm.training and norm.affine and norm.momentum is not None
+        if plain and (type(norm) is nn.BatchNorm1d or type(norm) is nn.SyncBatchNorm):
+            return self[3](_batch_norm_relu(norm, self[0](x), count))
+        if norm.training and count is not None:
+            raise ValueError(f"Head: {norm} takes no count: its statistics would be those of the padding too")
+        return super().forward(x)
+
+
+def _batch_norm_relu(norm: nn.BatchNorm1d | nn.SyncBatchNorm, x: Tensor, count: Tensor | None) -> Tensor:
+    assert norm.momentum is not None  # the caller's condition
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    return ops.batch_norm_relu(
+        x,
+        norm.weight,
+        norm.bias,
+        eps=norm.eps,
+        running_mean=norm.running_mean,
+        running_var=norm.running_var,
+        momentum=norm.momentum,
+        count=count,
+        group=_processes(norm),
+    )
+
+
+def _processes(norm: nn.Module) -> "dist.ProcessGroup | None":
+    """Whose rows the statistics are over, where they are not those of this process alone."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None

@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
+
+from atst_fast import ops
 
 
 class FrameLoss(NamedTuple):
@@ -18,39 +19,30 @@ class FrameLoss(NamedTuple):
     std_teacher: Tensor
 
 
-def frame_loss(student: Tensor, teacher: Tensor, *, symmetric: bool = True) -> FrameLoss:
+def frame_loss(student: Tensor, teacher: Tensor, *, symmetric: bool = True, count: Tensor | None = None) -> FrameLoss:
     """Squared distance of normalised outputs, averaged over rows: ``2 - 2 * mean(cos(student, teacher))``.
 
     ``student`` and ``teacher`` are ``[M, D]``; with ``symmetric``, ``[2M, D]`` with the rows of view 1 first, and the
-    student's rows of one view are compared with the teacher's of the other. Differentiable in ``student``. Float16 and
-    bfloat16 are computed in float32. Upstream: ``ByolLoss`` in ``audiossl/methods/atstframe/byol.py``.
-    Raises ValueError for shapes that do not fit, no rows, or with ``symmetric`` an odd number of them.
+    student's rows of one view are compared with the teacher's of the other. ``count`` is an int64 scalar on their
+    device, which no host reads: rows from there on are padding, and one that no batch has makes all three NaN.
+    Differentiable in ``student``; see ``ops.frame_loss`` for dtypes and errors. The deviations are over the rows of all
+    processes of ``torch.distributed``. Upstream: ``ByolLoss`` in ``audiossl/methods/atstframe/byol.py``.
+    Raises ValueError for shapes that do not fit, no rows, or with ``symmetric`` and no count an odd number of them.
     """
-    if student.shape != teacher.shape or student.dim() != 2 or not len(student) or (symmetric and len(student) % 2):
-        rows = "2M" if symmetric else "M"
-        got = f"{list(student.shape)} and {list(teacher.shape)}"
-        raise ValueError(f"frame_loss: student and teacher must both be [{rows}, D] with M at least 1, got {got}")
-    student, teacher = (F.normalize(_at_least_float32(x), dim=-1) for x in (student, teacher.detach()))
-    std_student, std_teacher = _spread(student.detach(), teacher)
-    if symmetric:
-        teacher = teacher.roll(len(teacher) // 2, 0)
-    loss = 2 - 2 * (student * teacher).sum(-1).mean()
-    return FrameLoss(loss, std_student, std_teacher)
+    loss, sums = ops.frame_loss(student, teacher, symmetric=symmetric, count=count)
+    if count is None:
+        rows = torch.full_like(sums[0, 0, :1], len(student))
+    else:
+        rows = torch.where(loss.isnan(), loss, count).to(sums.dtype)[None]
+    return FrameLoss(loss, *_spread(sums, rows.detach()))
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _spread(*outputs: Tensor) -> list[Tensor]:
-    """Standard deviations over the rows of all processes, from one reduction of their sums."""
-    sums = torch.stack([torch.stack([x.sum(0), x.square().sum(0)]) for x in outputs])
-    count = torch.full_like(sums[:1, :1], len(outputs[0]))
+def _spread(sums: Tensor, rows: Tensor) -> list[Tensor]:
+    """Standard deviations over the rows of all processes, from one reduction of their sums and numbers of rows."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        packed = torch.cat([sums.flatten(), count.flatten()[:1]])
+        packed = torch.cat([sums.flatten(), rows])
         dist.all_reduce(packed)
-        sums, count = packed[:-1].view_as(sums), packed[-1]
+        sums, rows = packed[:-1].view_as(sums), packed[-1:]
     total, squares = sums.unbind(1)
-    n = count.flatten()[0]
-    variance = squares / (n - 1) - total.square() / (n * (n - 1))
+    variance = squares / (rows - 1) - total.square() / (rows * (rows - 1))
     return list((variance + 1e-6).sqrt().mean(1))

@@ -6,9 +6,11 @@ dispatch of one operator; what it computes in the plainest form is ``atst_fast.r
 
 from atst_fast.ops._registry import build_info
 from atst_fast.ops.augment import AugmentDraws, MemoryBank, augment_views, draw_augment
+from atst_fast.ops.batch_norm_relu import batch_norm_relu
 from atst_fast.ops.ema import ema_update_
-from atst_fast.ops.epilogue import add_branch, batch_norm_relu, bias_gelu
+from atst_fast.ops.epilogue import add_branch, bias_gelu
 from atst_fast.ops.frame_attention import frame_attention, frame_attention_packed
+from atst_fast.ops.frame_loss import frame_loss
 from atst_fast.ops.log_mel import log_mel
 from atst_fast.ops.patch_embed import patch_embed
 from atst_fast.ops.rows import select_rows
@@ -25,6 +27,7 @@ __all__ = [
     "ema_update_",
     "frame_attention",
     "frame_attention_packed",
+    "frame_loss",
     "log_mel",
     "patch_embed",
     "select_rows",

@@ -41,3 +41,20 @@ def same_device(op: str, first: str, a: Tensor, **others: Tensor | None) -> None
     for name, b in others.items():
         if b is not None and b.device != a.device:
             fail(op, name, f"on {a.device}, as {first} is", b)
+
+
+def row(op: str, name: str, value: Any, of: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """Check that ``value`` is ``[D]``, one number for each place of the last axis of ``x`` (the argument ``of``)."""
+    expected = f"[{x.shape[-1]}] (the last axis of {of})"
+    tensor(op, name, value, expected, dim=1, dtypes=dtypes)
+    if value.shape[0] != x.shape[-1]:
+        fail(op, name, expected, value)
+    same_device(op, of, x, **{name: value})
+
+
+def count(op: str, value: Any, of: str, x: Tensor) -> None:
+    """Check that ``value`` is None or a scalar on the device of ``x`` (the argument ``of``). It is not read."""
+    if value is not None:
+        expected = f"[] (how many rows of {of} are valid)"
+        tensor(op, "count", value, expected, dim=0, dtypes=(torch.int64, torch.int32))
+        same_device(op, of, x, count=value)

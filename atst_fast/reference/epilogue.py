@@ -1,4 +1,4 @@
-"""Reference of what follows the matrix products of a block or a head."""
+"""Reference of what follows the matrix products of a block."""
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +26,3 @@ def add_branch_backward(grad: Tensor, alpha: float, kept: Tensor | None) -> tupl
     """Gradients of y and bias; that of x is ``grad``."""
     dy = alpha * (grad if kept is None else grad.index_select(0, kept))
     return dy, dy.reshape(-1, dy.shape[-1]).sum(0)
-
-
-def batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``relu(batch_norm(x))`` by the moments of the rows of x ``[M, D]``, their mean, and their biased variance."""
-    out = F.relu(F.batch_norm(x, None, None, weight, bias, training=True, eps=eps))
-    return out, x.mean(0), x.var(0, correction=0)
-
-
-def batch_norm_relu_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias."""
-    rstd = (variance + eps).rsqrt()
-    normal = (x - mean) * rstd
-    grad = torch.where(normal * weight + bias <= 0, 0, grad)
-    dweight, dbias = (grad * normal).sum(0), grad.sum(0)
-    return weight * rstd * (grad - (dbias + normal * dweight) / len(x)), dweight, dbias

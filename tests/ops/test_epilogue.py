@@ -114,64 +114,6 @@ def test_add_branch_on_every_isa(isa, kept):
     check_branch(3, (45,), 24, 1.25, kept)
 
 
-def check_norm(rows, dim, offset, spread, eps=1e-5):
-    """Forward, gradients and running statistics against float64."""
-    x = (torch.randn(rows, dim) * spread + offset * spread).requires_grad_()
-    weight, bias = leaf(dim), leaf(dim)
-    running = torch.randn(dim), torch.rand(dim)
-    running64 = [r.double() for r in running]
-    y = ops.batch_norm_relu(x, weight, bias, eps=eps, running_mean=running[0], running_var=running[1], momentum=0.3)
-    grad = torch.randn_like(y)
-    y.backward(grad)
-    x64, weight64, bias64 = wide(x), wide(weight), wide(bias)
-    want = F.relu(F.batch_norm(x64, *running64, weight64, bias64, True, 0.3, eps))
-    rstd = 1 / (x64.var(0, correction=0) + eps).sqrt().detach()
-    mean = x64.mean(0).detach()
-    normal = (x64.detach() - mean) * rstd
-    z = normal * weight64.detach() + bias64.detach()
-    bound = tol.BATCH_NORM * (1 + (normal.abs() + mean.abs() * rstd) * weight64.detach().abs() + bias64.detach().abs())
-    assert ((y.double() - want).abs() <= bound).all()
-    # a value within rounding of 0 may be on the other side of the ReLU: its gradient is left out of both
-    sure = z.abs() > bound
-    y2 = ops.batch_norm_relu(x, weight, bias, eps=eps)
-    got = torch.autograd.grad(y2, (x, weight, bias), grad * sure)
-    expected = torch.autograd.grad(want, (x64, weight64, bias64), grad.double() * sure)
-    reach = normal.abs().amax(0) + mean.abs() * rstd
-    scales = rstd * weight64.detach().abs() * (1 + reach) ** 2, rows * (1 + reach), rows
-    for g, e, scale in zip(got, expected, scales):
-        assert ((g.double() - e).abs() <= tol.BATCH_NORM_GRAD * scale * grad.abs().max()).all()
-    torch.testing.assert_close([r.double() for r in running], running64, rtol=tol.RUNNING_RTOL, atol=tol.RUNNING_ATOL)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(2, 150), st.integers(1, 70), st.sampled_from([0, 1, 100]), st.integers(0, 2**31))
-def test_batch_norm_relu_of_random_shapes(rows, dim, offset, seed):
-    torch.manual_seed(seed)
-    check_norm(rows, dim, offset, 3.0)
-
-
-@pytest.mark.parametrize("rows, dim", [(500, 96), (35, 17), (2, 1)])
-def test_batch_norm_relu_on_every_isa(isa, rows, dim):
-    check_norm(rows, dim, 2, 0.01)
-
-
-def test_batch_norm_relu_of_a_constant_column(isa):
-    """No variance: the bias is all that is left, and the gradient of x is finite."""
-    x = torch.full((40, 3), 7.25, requires_grad=True)
-    y = ops.batch_norm_relu(x, torch.ones(3), torch.tensor([0.5, -0.5, 0.0]))
-    y.sum().backward()
-    assert torch.equal(y[0], torch.tensor([0.5, 0, 0]))
-    assert torch.equal(x.grad, torch.zeros(40, 3))
-
-
-def test_batch_norm_relu_keeps_a_nan_in_its_column(isa):
-    x = torch.randn(40, 20)
-    x[3, 5] = float("nan")
-    y = ops.batch_norm_relu(x, torch.ones(20), torch.zeros(20))
-    assert torch.equal(y.isnan().any(0), torch.arange(20) == 5)
-    assert y[:, 5].isnan().all()
-
-
 @pytest.mark.parametrize("count", [1, 2])
 def test_bits_do_not_depend_on_threads(threads, count):
     h, bias, grad = torch.randn(3, 400, 50).unbind()
@@ -180,10 +122,6 @@ def test_bits_do_not_depend_on_threads(threads, count):
         threads(n)
         results.append(torch.ops.atst_fast.bias_gelu_backward(grad, h, bias[0].contiguous()))
         results[-1] += torch.ops.atst_fast.add_branch_backward(grad, 1.5, None)
-        x, other, weight = h.flatten(0, -2), grad.flatten(0, -2), bias[0].contiguous()
-        out, *moments = torch.ops.atst_fast.batch_norm_relu(x, weight, weight, 1e-5)
-        results[-1] += (out, *moments)
-        results[-1] += torch.ops.atst_fast.batch_norm_relu_backward(other, x, *moments, weight, weight, 1e-5)
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
@@ -197,8 +135,6 @@ def test_outputs_are_written_in_full(isa):
         results = [calls.bias_gelu(h, bias), *calls.bias_gelu_backward(grad, h, bias)]
         results += [calls.add_branch(h, h, bias, 2.0, None), calls.add_branch(h, h[:2].contiguous(), bias, 2.0, kept)]
         results += [*calls.add_branch_backward(grad, 2.0, None), *calls.add_branch_backward(grad, 2.0, kept)]
-        out, *moments = calls.batch_norm_relu(h, bias, bias, 1e-5)
-        results += [out, *moments, *calls.batch_norm_relu_backward(grad, h, *moments, bias, bias, 1e-5)]
     finally:
         torch.use_deterministic_algorithms(False)
     for t in results:
@@ -210,10 +146,6 @@ def test_other_dtypes_run_plain_pytorch(dtype):
     x, y, bias = torch.randn(3, 4, 5, dtype=dtype).unbind()
     torch.testing.assert_close(ops.bias_gelu(x, bias[0]), F.gelu(x + bias[0]))
     torch.testing.assert_close(ops.add_branch(x, y, bias[0], alpha=2.0), x + 2 * (y + bias[0]))
-    running, plain = torch.zeros(2, 5, dtype=dtype), torch.zeros(2, 5, dtype=dtype)
-    got = ops.batch_norm_relu(x, bias[0], bias[1], running_mean=running[0], running_var=running[1])
-    torch.testing.assert_close(got, F.relu(F.batch_norm(x, plain[0], plain[1], bias[0], bias[1], training=True)))
-    assert torch.equal(running, plain)
     mixed = ops.add_branch(x.float(), y, bias[0].float(), alpha=2.0)
     assert mixed.dtype == torch.float32
 
@@ -223,13 +155,6 @@ def test_gradcheck_of_the_reference():
     assert torch.autograd.gradcheck(ops.bias_gelu, (h, bias))
     kept = torch.tensor([2, 0])
     assert torch.autograd.gradcheck(lambda *a: ops.add_branch(*a, alpha=1.5, kept=kept), (h, y, bias))
-    x, weight = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 4), (4,)))
-    assert torch.autograd.gradcheck(ops.batch_norm_relu, (x, weight, bias))
-    out, *moments = reference.batch_norm_relu(x, weight, bias, 1e-3)
-    grad = torch.randn(5, 4, dtype=torch.float64)
-    want = torch.autograd.grad(out, (x, weight, bias), grad)
-    for got, expected in zip(reference.batch_norm_relu_backward(grad, x, *moments, weight, bias, 1e-3), want):
-        torch.testing.assert_close(got, expected)
     grad = torch.randn(3, 2, 4, dtype=torch.float64)
     want = torch.autograd.grad(reference.bias_gelu(h, bias), (h, bias), grad)
     for got, expected in zip(reference.bias_gelu_backward(grad, h, bias), want):
@@ -243,20 +168,12 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.atst_fast.add_branch, (h, leaf(3, 4, 5), bias, 1.5, None))
     torch.library.opcheck(torch.ops.atst_fast.add_branch, (h, leaf(2, 4, 5), bias, 1.5, torch.tensor([2, 0])))
     torch.library.opcheck(torch.ops.atst_fast.add_branch_backward, (h.detach(), 1.5, torch.tensor([1])))
-    x = leaf(6, 5)
-    torch.library.opcheck(torch.ops.atst_fast.batch_norm_relu, (x, bias, bias, 1e-5))
-    rows = (x.detach(), x.detach() * 2, *torch.rand(4, 5).unbind())
-    torch.library.opcheck(torch.ops.atst_fast.batch_norm_relu_backward, (*rows, 1e-5))
 
 
 def test_anything_strided_will_do():
     h, bias = torch.randn(5, 8).t()[::2], torch.randn(10)[::2]
     torch.testing.assert_close(ops.bias_gelu(h, bias), F.gelu(h + bias))
     torch.testing.assert_close(ops.add_branch(h, h, bias), 2 * h + bias)
-    h = torch.randn(5, 8).t()[::2]
-    torch.testing.assert_close(
-        ops.batch_norm_relu(h, bias, bias), F.relu(F.batch_norm(h, None, None, bias, bias, True))
-    )
 
 
 X, B = torch.zeros(2, 3, 4), torch.zeros(4)
@@ -273,13 +190,6 @@ X, B = torch.zeros(2, 3, 4), torch.zeros(4)
         (lambda: ops.add_branch(X, X, B, kept=torch.tensor([0])), r"add_branch: y must be of shape \[1, 3, 4\]"),
         (lambda: ops.add_branch(X, X, X), r"add_branch: bias must be \[4\]"),
         (lambda: ops.add_branch(B, B, B, kept=torch.tensor([0])), r"add_branch: x must be \[N, ..., D\] when kept"),
-        (lambda: ops.batch_norm_relu(X, B, B), r"batch_norm_relu: x must be \[M, D\] with at least 2 rows"),
-        (lambda: ops.batch_norm_relu(X[0, :1], B, B), r"batch_norm_relu: x must be \[M, D\] with at least 2 rows"),
-        (lambda: ops.batch_norm_relu(X[0], B[:2], B), r"batch_norm_relu: weight must be \[4\] \(the last axis of x\)"),
-        (lambda: ops.batch_norm_relu(X[0], None, B), r"batch_norm_relu: weight must be a tensor \[4\]"),
-        (lambda: ops.batch_norm_relu(X[0], B, B, running_var=X), r"batch_norm_relu: running_var must be \[4\]"),
-        (lambda: ops.batch_norm_relu(X[0], B, B, eps=-1), "batch_norm_relu: eps must be from 0 to inf, got int -1"),
-        (lambda: ops.batch_norm_relu(X[0], B, B, momentum=2), "batch_norm_relu: momentum must be from 0 to 1"),
         (lambda: ops.add_branch(X, X, B, kept=torch.tensor([0.0, 1])), "add_branch: kept must be .* of dtype int64"),
     ],
 )
