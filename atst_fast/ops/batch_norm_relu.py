@@ -66,7 +66,9 @@ def batch_norm_relu(
         return out
     dtypes = {t.dtype for t in args}
     if torch.float64 in dtypes or (dtypes != {torch.float32} and not takes_halves(x)):
-        return F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps))
+        # beside float32 statistics torch takes float32 weights, whatever x is
+        kept = next((r.dtype for r in (running_mean, running_var) if r is not None), x.dtype)
+        return F.relu(F.batch_norm(x, running_mean, running_var, weight.to(kept), bias.to(kept), True, momentum, eps))
     out, mean, variance = torch.ops.atst_fast.batch_norm_relu(*args, eps)
     if running_mean is not None:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)

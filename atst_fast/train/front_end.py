@@ -11,15 +11,13 @@ from atst_fast.train.masks import block_mask, capacity
 
 
 class FrontEndBatch(NamedTuple):
-    """``view1``, ``view2`` ``[B, 1, F, T]`` float32; ``lengths`` int64 ``[B]`` mel frames; ``mask`` bool ``[B, L]``.
-
-    ``capacity``: the most patches of ``mask`` that may be masked, where nobody can count them, see
-    ``models.ATSTFrame.forward``; None on a CPU, which counts.
-    """
+    """``view1``, ``view2`` ``[B, 1, F, T]`` float32; ``lengths`` int64 ``[B]`` mel frames, None: all of them; ``mask``
+    bool ``[B, L]``; ``capacity``: how many patches ``mask`` has masked at most, where nobody can count them, see
+    ``models.ATSTFrame.forward``: on a GPU."""
 
     view1: Tensor
     view2: Tensor
-    lengths: Tensor
+    lengths: Tensor | None
     mask: Tensor
     capacity: int | None = None
 
@@ -37,7 +35,7 @@ class FrontEnd(nn.Module):
     on the other is refused. On a GPU nothing waits for it, and a CUDA graph can hold a call (once the banks exist, so
     not the first one), with ``device_generator`` registered.
 
-    ``fixed_size`` says whether batches get a ``capacity``; None: on a GPU only.
+    ``fixed_size``: whether batches have a ``capacity`` in the place of ``lengths``; None: on a GPU only.
     """
 
     def __init__(
@@ -83,9 +81,9 @@ class FrontEnd(nn.Module):
             for on, bank in zip(self.augmented, self.banks)
         ]
         view1, view2 = augment_views(mel, draws, self.banks)
-        lengths = torch.full((clips,), frames, dtype=torch.int64, device=mel.device)
-        fixed = mel.device.type != "cpu" if self.fixed_size is None else self.fixed_size
-        return FrontEndBatch(view1, view2, lengths, mask, capacity(clips, patches, **self.masks) if fixed else None)
+        if mel.device.type != "cpu" if self.fixed_size is None else self.fixed_size:
+            return FrontEndBatch(view1, view2, None, mask, capacity(clips, patches, **self.masks))
+        return FrontEndBatch(view1, view2, torch.full((clips,), frames), mask)
 
     def _generator_on(self, device: torch.device) -> torch.Generator:
         """The generator of all draws, which are made where the mel is."""

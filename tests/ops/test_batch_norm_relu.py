@@ -111,6 +111,19 @@ def test_other_dtypes_run_plain_pytorch(dtype):
     assert torch.equal(running, plain)
 
 
+def test_half_precision_beside_float32_statistics():
+    """As in bfloat16 training, where the running statistics are those of the float32 model."""
+    x, weight, bias = (torch.randn(*shape).bfloat16().requires_grad_() for shape in ((50, 8), (8,), (8,)))
+    running, wide_running = (torch.zeros(8), torch.ones(8)), (torch.zeros(8), torch.ones(8))
+    y = ops.batch_norm_relu(x, weight, bias, running_mean=running[0], running_var=running[1])
+    y.sum().backward()
+    assert {t.dtype for t in (y, x.grad, weight.grad, bias.grad)} == {torch.bfloat16}
+    ops.batch_norm_relu(
+        x.float(), weight.float(), bias.float(), running_mean=wide_running[0], running_var=wide_running[1]
+    )
+    torch.testing.assert_close(running, wide_running)
+
+
 def float64(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 

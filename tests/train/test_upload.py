@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from atst_fast.train import upload
-from atst_fast.train.data import Batch
+from atst_fast.train.batch import Batch
 
 STEPS = 7
 
