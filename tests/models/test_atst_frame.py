@@ -1,13 +1,10 @@
 import copy
 import pickle
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from atst_fast.models import ATSTFrame, frame_loss
+from atst_fast.models import ATSTFrame
 from atst_fast.optim import AdamWEMA, param_groups
 from benchmarks import official
 from tests.golden import assert_golden, load
@@ -232,46 +229,3 @@ def test_autocast_trains():
         out.loss.backward()
     assert out.loss.dtype == torch.float32
     assert all(p.grad.isfinite().all() for p in system.student.parameters())
-
-
-def _one_of_two_processes(rank, port, system, batch, outputs, queue):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    student, teacher = (x.chunk(2)[rank] for x in outputs)
-    spreads = [x.item() for x in frame_loss(student, teacher)[1:]]
-    parallel = torch.nn.parallel.DistributedDataParallel(system)
-    out = parallel(*(x.chunk(2)[rank] for x in batch))
-    out.loss.backward()
-    queue.put((rank, spreads, {n: p.grad.numpy() for n, p in system.student.named_parameters()}))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def test_two_processes():
-    """Spreads are over the rows of both, gradients the mean of both."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    outputs, batch = torch.randn(2, 24, 8), random_batch()
-    system, _ = both(drop_path_rate=0.0)
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    processes = mp.spawn(
-        _one_of_two_processes, (port, copy.deepcopy(system), batch, outputs, queue), nprocs=2, join=False
-    )
-    answers = sorted((queue.get(timeout=60) for _ in range(2)), key=lambda answer: answer[0])
-    while not processes.join():
-        pass
-    for half in range(2):
-        system(*(x.chunk(2)[half] for x in batch)).loss.backward()
-    for _, spreads, grads in answers:
-        assert spreads == pytest.approx([x.item() for x in frame_loss(*outputs)[1:]], rel=1e-5)
-        for name, p in system.student.named_parameters():
-            assert_same(torch.from_numpy(grads[name]), p.grad / 2, name)
-
-
-def test_statistics_can_be_made_those_of_all_processes():
-    system, _ = both()
-    keys = list(system.state_dict())
-    system = torch.nn.SyncBatchNorm.convert_sync_batchnorm(system)
-    assert list(system.state_dict()) == keys
-    assert isinstance(system.teacher.projector[1], torch.nn.SyncBatchNorm)

@@ -1,0 +1,148 @@
+"""Two processes on a CPU, half of the batch each, against one process with all of it."""
+
+import copy
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from atst_fast import ops
+from atst_fast.models import ATSTFrame, frame_loss
+from tests import tolerances as tol
+
+TINY = {"dim": 24, "depth": 2, "num_heads": 3}
+ROWS = [9, 5]  # of either process in `norm`, the last two of each padding
+FEW = [3, 0]  # valid rows where one process has none
+
+
+def make_system():
+    torch.manual_seed(0)
+    system = ATSTFrame(TINY, hidden=40, out=16, mlp_ratio=2.0, drop_path_rate=0.0, max_frames=41)
+    with torch.no_grad():
+        for p in system.parameters():
+            p.add_(torch.randn_like(p), alpha=0.05)
+    return system
+
+
+def make_batch():
+    """Ragged clips; every clip has as many valid masked tokens, so that both processes have as many rows."""
+    torch.manual_seed(1)
+    mask = torch.zeros(4, 10, dtype=torch.bool)
+    mask[:, :5] = torch.tensor([[1, 0, 1, 1, 0], [1, 1, 0, 1, 0], [0, 1, 1, 1, 0], [1, 0, 1, 1, 0]])
+    return *torch.randn(2, 4, 1, 64, 41), torch.tensor([41, 23, 33, 20]), mask
+
+
+def make_rows():
+    """x of both processes, whose means differ, and everything else that `norm` takes."""
+    torch.manual_seed(2)
+    x = [torch.randn(n, 6, dtype=torch.float64) + 3 * i for i, n in enumerate(ROWS)]
+    return x, *torch.randn(2, 6, dtype=torch.float64), [torch.randn_like(part) for part in x]
+
+
+def norm(x, weight, bias, grad, **kwargs):
+    """Result, gradients and running statistics."""
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    running = torch.ones(2, x.shape[1], dtype=x.dtype)
+    out = ops.batch_norm_relu(*leaves, running_mean=running[0], running_var=running[1], **kwargs)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad), running]
+
+
+def step(system, batch):
+    """Loss and spreads, gradients and buffers."""
+    out = system(*batch)
+    out.loss.backward()
+    grads = {n: p.grad for n, p in system.named_parameters() if p.grad is not None}
+    return [x.detach() for x in out], grads, dict(system.named_buffers())
+
+
+def one_of_two(rank, port, folder):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    half = [x.chunk(2)[rank] for x in make_batch()]
+    alone = step(torch.nn.parallel.DistributedDataParallel(make_system()), half)
+    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(make_system())
+    together = step(converted, half)
+    x, weight, bias, grad = make_rows()
+    rows = {}
+    for name, counts in (("padded", [n - 2 for n in ROWS]), ("few", FEW)):
+        kwargs = {"count": torch.tensor(counts[rank]), "group": dist.group.WORLD}
+        padded = x[rank].clone()
+        padded[counts[rank] :] = float("nan")
+        rows[name] = norm(padded, weight, bias, grad[rank], **kwargs)
+    torch.manual_seed(3)
+    student, teacher = torch.randn(2, 24, 8).chunk(2, 1)[rank]
+    spreads = frame_loss(student, teacher, count=torch.tensor(6 if rank else 12))[1:]
+    torch.save((alone, together, rows, spreads), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What `one_of_two` found, of both processes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(one_of_two, (port, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def assert_same(got, want, what):
+    atol = tol.NETWORK_RTOL * max(want.abs().max().item(), 1e-2)
+    torch.testing.assert_close(got, want, rtol=0, atol=atol, msg=lambda m: f"{what}: {m}")
+
+
+def test_gradients_of_the_replicas_are_averaged(answers):
+    """Statistics of each process alone; spreads are over the rows of both."""
+    system = make_system()
+    for half in range(2):
+        system(*(x.chunk(2)[half] for x in make_batch())).loss.backward()
+    for (_, grads, _), *_ in answers:
+        for name, grad in grads.items():
+            assert_same(grad, system.get_parameter(name.removeprefix("module.")).grad / 2, name)
+    torch.manual_seed(3)
+    rows = [x[:18] for x in torch.randn(2, 24, 8)]
+    want = [x.item() for x in frame_loss(*rows, symmetric=False)[1:]]
+    for *_, spreads in answers:
+        assert [x.item() for x in spreads] == pytest.approx(want, rel=1e-5)
+
+
+def test_common_statistics_are_those_of_one_process(answers):
+    """Loss, gradients as DDP averages them, and running statistics."""
+    loss, grads, buffers = step(make_system(), make_batch())
+    both = [together for _, together, _, _ in answers]
+    assert_same((both[0][0][0] + both[1][0][0]) / 2, loss[0], "loss")
+    for name, grad in grads.items():
+        assert_same((both[0][1][name] + both[1][1][name]) / 2, grad, name)
+    for process in both:
+        assert_same(torch.stack(process[0][1:]), torch.stack(loss[1:]), "spreads")
+        for name, buffer in buffers.items():
+            assert_same(process[2][name], buffer, name)
+
+
+@pytest.mark.parametrize("which, counts", [("padded", [n - 2 for n in ROWS]), ("few", FEW)])
+def test_rows_of_processes_and_padding(answers, which, counts):
+    """Different numbers of rows in either; one may have none."""
+    x, weight, bias, grad = make_rows()
+    x, grad = (torch.cat([part[:n] for part, n in zip(parts, counts)]) for parts in (x, grad))
+    out, dx, dweight, dbias, running = norm(x, weight, bias, grad)
+    found = [rows[which] for _, _, rows, _ in answers]
+    for i, whole in ((0, out), (1, dx)):
+        torch.testing.assert_close(torch.cat([f[i][:n] for f, n in zip(found, counts)]), whole)
+        assert not any(f[i][n:].any() for f, n in zip(found, counts))
+    torch.testing.assert_close(found[0][2] + found[1][2], dweight)
+    torch.testing.assert_close(found[0][3] + found[1][3], dbias)
+    for f in found:
+        torch.testing.assert_close(f[4], running)
+    assert torch.equal(found[0][4], found[1][4])
+
+
+def test_converting_keeps_the_keys():
+    system = make_system()
+    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(system))
+    assert list(converted.state_dict()) == list(system.state_dict())
+    assert isinstance(converted.teacher.projector[1], torch.nn.SyncBatchNorm)
+    batch = make_batch()
+    assert torch.equal(converted(*batch).loss, system(*batch).loss)  # without processes it is a BatchNorm1d
