@@ -1,10 +1,10 @@
 """What each CUDA kernel should take on an H200, from what it must move and do: ``python -m benchmarks.gpu_budget``.
 
-Prints the table of docs/gpu_budget.md; ``--write`` puts it there. Bytes and shared-memory wavefronts are those that the
-kernels' files derive; instructions are counted in the machine code that nvcc makes for sm_90 (tests/cuda/static.py), in
-the loop that does the work. A time is the longest of five, as if each resource were busy without a pause and nothing
-else mattered: a prediction, not a measurement. What was measured comes from the newest results of an H200 under
-benchmarks/results, if there are any.
+Prints the tables of docs/gpu_budget.md; ``--write`` puts them there, with those of token_budget.py. Bytes and
+shared-memory wavefronts are those that the kernels' files derive; instructions are counted in the machine code that
+nvcc makes for sm_90 (tests/cuda/static.py), in the loop that does the work. A time is the longest of five, as if each
+resource were busy without a pause and nothing else mattered: a prediction, not a measurement. What was measured comes
+from the newest results of an H200 under benchmarks/results, if there are any.
 """
 
 import argparse
@@ -13,12 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import token_budget
 from benchmarks.report import RESULTS
 from tests.cuda import static
 from tests.cuda.budget import BUDGET
 
 DOC = Path(__file__).parent.parent / "docs" / "gpu_budget.md"
 MARKS = "<!-- python -m benchmarks.gpu_budget --write -->\n", "<!-- end -->\n"
+TOKEN_MARKS = "<!-- python -m benchmarks.gpu_budget --write: tokens -->\n", "<!-- end of tokens -->\n"
 ARCH = 90
 
 SMS, CLOCK = 132, 1.98e9
@@ -134,7 +136,7 @@ def times(work: Work, record: static.Record) -> dict[str, float]:
     }
 
 
-def measured(work: Work) -> str:
+def measured(work: Work | token_budget.Kernel) -> str:
     """By the newest result that has the case: operators and steps are measured by runs of their own."""
     group, name, params = work.measured or (None, None, {})
     for path in sorted(RESULTS.glob("*h200*/*.json"), key=lambda p: p.name, reverse=True):
@@ -143,6 +145,19 @@ def measured(work: Work) -> str:
             if same and params.items() <= case["params"].items():
                 return _ms(case["median_s"])
     return "not measured"
+
+
+def token_tables() -> list[str]:
+    """Lines of Markdown, by counting alone: nothing is compiled."""
+    base, small = token_budget.BASE, token_budget.SMALL
+    tables = (
+        token_budget.kernel_table(base, measured),
+        token_budget.pass_table(base),
+        token_budget.step_table(base),
+        token_budget.step_table(small),
+    )
+    lines = [line for rows in tables for line in [*token_budget.markdown(rows), ""]]
+    return lines[:-1]
 
 
 def table() -> list[str]:
@@ -175,15 +190,22 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3f} ms" if seconds else "-"
 
 
-def write() -> None:
-    before, _, rest = DOC.read_text().partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    DOC.write_text(before + MARKS[0] + "\n".join(table()) + "\n" + MARKS[1] + after)
+def shown(marks: tuple[str, str]) -> list[str]:
+    """The lines of the page between two marks."""
+    return DOC.read_text().partition(marks[0])[2].partition(marks[1])[0].splitlines()
+
+
+def write(marks: tuple[str, str], lines: list[str]) -> None:
+    before, _, rest = DOC.read_text().partition(marks[0])
+    _, _, after = rest.partition(marks[1])
+    DOC.write_text(before + marks[0] + "\n".join(lines) + "\n" + marks[1] + after)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="into docs/gpu_budget.md")
+    found = {TOKEN_MARKS: token_tables(), MARKS: table()}
     if parser.parse_args().write:
-        write()
-    print("\n".join(table()))
+        for marks, lines in found.items():
+            write(marks, lines)
+    print("\n".join(line for lines in found.values() for line in [*lines, ""]))

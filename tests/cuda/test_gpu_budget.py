@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 
-from benchmarks import gpu_budget
+from atst_fast.models import ATSTFrame
+from benchmarks import bench_step as step
+from benchmarks import gpu_budget, token_budget
 from tests.cuda import static
 
 PLAIN = static.Code(0, 0x40, {"LDG.E.128": 2, "FFMA": 8, "IADD3": 2})
@@ -53,6 +56,38 @@ def predicted(lines):
 def test_the_page_shows_what_the_model_says():
     if "release 13.0" not in static.nvcc_version():
         pytest.skip("another nvcc makes other code; the page is about that of CUDA 13.0")
-    shown = gpu_budget.DOC.read_text().partition(gpu_budget.MARKS[0])[2].partition(gpu_budget.MARKS[1])[0]
     # but for the last column: whoever measures here has not yet written the page
-    assert predicted(shown.splitlines()) == predicted(gpu_budget.table()), "run python -m benchmarks.gpu_budget --write"
+    shown = predicted(gpu_budget.shown(gpu_budget.MARKS))
+    assert shown == predicted(gpu_budget.table()), "run python -m benchmarks.gpu_budget --write"
+
+
+def test_the_page_shows_what_is_counted_for_tokens():
+    def counted(lines):
+        return [line.rpartition(" | ")[0] if " x = " in line else line for line in lines]
+
+    shown = counted(gpu_budget.shown(gpu_budget.TOKEN_MARKS))
+    assert shown == counted(gpu_budget.token_tables()), "run python -m benchmarks.gpu_budget --write"
+
+
+@pytest.mark.parametrize("size", [token_budget.BASE, token_budget.SMALL])
+def test_the_operations_are_those_that_the_benchmarks_count(size):
+    mask = torch.zeros(size.clips, size.tokens, dtype=torch.bool)
+    mask.view(-1)[: round(size.read / 2)] = True
+    want = step.products(size.name, mask)
+    assert token_budget.flops(size) == pytest.approx(want, rel=2e-3)
+    with torch.device("meta"):
+        student = ATSTFrame(size.name).student
+    assert size.parameters == sum(p.numel() for p in student.parameters())
+
+
+def test_floors_of_the_step():
+    """The figures that the work was planned with."""
+    floors = {k.name: k.floor for k in token_budget.kernels(token_budget.BASE)}
+    assert floors["frame_attention"] == pytest.approx(0.103e-3, rel=0.02)
+    assert floors["frame_attention_backward"] == pytest.approx(0.207e-3, rel=0.02)
+    assert floors["patch_embed"] == pytest.approx(43e-6, rel=0.02)
+    for size in (token_budget.BASE, token_budget.SMALL):
+        eager, compiled, ours = (sum(token_budget.step_seconds(size, s).values()) for s in token_budget.STRUCTURES)
+        assert eager > compiled > ours
+    assert token_budget.product_floor(8192, 8192, 8192) == pytest.approx(2 * 8192**3 / 989e12)
+    assert token_budget.product_floor(8192, 16, 8192) > 2 * 8192 * 8192 * 16 / 989e12
