@@ -26,11 +26,15 @@ STABLE_TORCH_LIBRARY(ATST_LIBRARY, m) {
   m.def("frame_attention_packed(Tensor q, Tensor kv, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, int num_heads, float scale) -> (Tensor out, Tensor lse)");
   m.def("frame_attention_packed_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, int num_heads, float scale) -> (Tensor, Tensor)");
 
+  // add_norm
+  m.def("add_norm(Tensor x, Tensor? y, Tensor? bias, Tensor? scale, Tensor? weight, Tensor? norm_bias, float eps) -> (Tensor sum, Tensor normed, Tensor mean, Tensor rstd)");
+  m.def("add_norm_backward(Tensor? d_sum, Tensor d_normed, Tensor total, Tensor mean, Tensor rstd, Tensor? scale, Tensor? weight, bool has_norm_bias, bool has_bias) -> (Tensor dx, Tensor dy, Tensor dbias, Tensor dweight, Tensor dnorm_bias)");
+
   // epilogue
   m.def("bias_gelu(Tensor h, Tensor bias) -> Tensor");
   m.def("bias_gelu_backward(Tensor grad, Tensor h, Tensor bias) -> (Tensor, Tensor)");
-  m.def("add_branch(Tensor x, Tensor y, Tensor bias, float alpha, Tensor? kept) -> Tensor");
-  m.def("add_branch_backward(Tensor grad, float alpha, Tensor? kept) -> (Tensor, Tensor)");
+  m.def("add_branch(Tensor x, Tensor y, Tensor bias, float alpha, Tensor? kept, Tensor? scale=None) -> Tensor");
+  m.def("add_branch_backward(Tensor grad, float alpha, Tensor? kept, Tensor? scale=None) -> (Tensor, Tensor)");
   m.def("batch_norm_relu(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor out, Tensor mean, Tensor variance)");
   m.def("batch_norm_relu_backward(Tensor grad, Tensor x, Tensor mean, Tensor variance, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)");
 

@@ -5,6 +5,7 @@ dispatch of one operator; what it computes in the plainest form is ``atst_fast.r
 """
 
 from atst_fast.ops._registry import build_info
+from atst_fast.ops.add_norm import add_norm
 from atst_fast.ops.augment import AugmentDraws, MemoryBank, augment_views, draw_augment
 from atst_fast.ops.batch_norm_relu import batch_norm_relu
 from atst_fast.ops.ema import ema_update_
@@ -19,6 +20,7 @@ __all__ = [
     "AugmentDraws",
     "MemoryBank",
     "add_branch",
+    "add_norm",
     "augment_views",
     "batch_norm_relu",
     "bias_gelu",

@@ -4,46 +4,59 @@ import torch
 from torch import Tensor
 
 from atst_fast.ops import _checks
-from atst_fast.ops._registry import differentiable_once, register
+from atst_fast.ops._registry import differentiable_once, register, takes_halves
 from atst_fast.reference import epilogue as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def bias_gelu(h: Tensor, bias: Tensor) -> Tensor:
     """``gelu(h + bias)`` with the exact (erf) GELU.
 
     Args:
-        h: ``[..., D]``, a matrix product that has no bias yet. float32 runs the kernel; bfloat16, float16 and float64
-            run plain PyTorch.
+        h: ``[..., D]``, a matrix product that has no bias yet. float32 runs the kernel, and on a GPU bfloat16 and
+            float16 of both do (computed in float32); otherwise they run plain PyTorch, as float64 does.
         bias: ``[D]``.
 
     Returns ``[..., D]`` in the dtype of h. Differentiable in both; the bits do not depend on the number of threads.
-    Largest error against float64, relative to ``max(1, |h + bias|)``: 4e-7 forward, and 2e-6 of the derivative. It is
-    small relative to the result too where that is tiny: gelu(-8) is -5e-15 here, and 0 by the usual formula.
+    Largest error against float64, float32 input, relative to ``max(1, |h + bias|)``: 4e-7 forward, and 2e-6 of the
+    derivative; bfloat16 and float16 on a GPU: at most twice that of plain PyTorch. It is small relative to the result
+    too where that is tiny: gelu(-8) is -5e-15 here, and 0 by the usual formula.
     Matches fc1's bias and act of audiossl/modules/transformer.py (Mlp).
 
     Raises:
         TypeError: not a tensor, another dtype. ValueError: shapes or devices that do not fit.
     """
     _check("bias_gelu", "h", h, bias)
-    if h.dtype != torch.float32 or bias.dtype != torch.float32:
+    if not _kernel_takes(h, bias):
         return reference.bias_gelu(h, bias)
     return torch.ops.atst_fast.bias_gelu(h.contiguous(), bias.contiguous())
 
 
-def add_branch(x: Tensor, y: Tensor, bias: Tensor, *, alpha: float = 1.0, kept: Tensor | None = None) -> Tensor:
-    """``x + alpha * (y + bias)``: the residual around a branch whose last matrix product has no bias yet.
+def add_branch(
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor,
+    *,
+    alpha: float = 1.0,
+    kept: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """``x + alpha * scale * (y + bias)``: the residual around a branch whose last matrix product has no bias yet.
 
     Args:
-        x: ``[N, ..., D]``, the residual stream. float32 (with y and bias) runs the kernel; bfloat16, float16 and
-            float64 run plain PyTorch.
+        x: ``[N, ..., D]``, the residual stream. float32 (with y and bias) runs the kernel, and on a GPU bfloat16 and
+            float16 of all three do (computed in float32); otherwise they run plain PyTorch, as float64 does.
         y: ``[N, ..., D]``; or, with ``kept``, ``[K, ..., D]``.
         bias: ``[D]``. alpha: factor of the branch; stochastic depth divides by the probability of keeping it.
         kept: int64 ``[K]``, the items along the first axis that have the branch, each at most once; the others stay.
+        scale: float32, a further factor for each item of y, which is not read where that is 0. On a CPU it runs plain
+            PyTorch.
 
     Returns a new tensor ``[N, ..., D]`` in the dtype of x. Differentiable in x, y and bias; the bits do not depend on
-    the number of threads. Error against float64: at most 3e-7 of ``|x| + |alpha| * (|y| + |bias|)``.
+    the number of threads. Error against float64, float32 input: at most 3e-7 of
+    ``|x| + |alpha * scale| * (|y| + |bias|)``; bfloat16 and float16 on a GPU: at most twice that of plain PyTorch.
     Matches the residuals, the biases before them and DropPath of audiossl/modules/transformer.py (Block).
 
     Raises:
@@ -60,15 +73,26 @@ def add_branch(x: Tensor, y: Tensor, bias: Tensor, *, alpha: float = 1.0, kept: 
     _checks.tensor(op, "y", y, f"of shape {shape}", dtypes=_DTYPES)
     if list(y.shape) != shape:
         _checks.fail(op, "y", f"of shape {shape}", y)
-    _checks.same_device(op, "x", x, y=y, kept=kept)
+    _checks.same_device(op, "x", x, y=y, kept=kept, scale=scale)
+    if scale is not None:
+        items = f"[{shape[0]}] (the items of y)"
+        _checks.tensor(op, "scale", scale, items, dim=1, dtypes=(torch.float32,))
+        if scale.shape[0] != shape[0] or x.dim() < 2:
+            _checks.fail(op, "scale", items, scale)
     if kept is not None and kept.device.type == "cpu" and not torch.compiler.is_compiling():
         items = kept.tolist()
         if len(set(items)) < len(items) or not all(0 <= item < x.shape[0] for item in items):
             raise ValueError(f"{op}: kept must name items from 0 to {x.shape[0] - 1}, each at most once, got {items}")
-    if not x.dtype == y.dtype == bias.dtype == torch.float32:
-        return reference.add_branch(x, y, bias, alpha, kept)
-    kept = None if kept is None else kept.contiguous()
-    return torch.ops.atst_fast.add_branch(x.contiguous(), y.contiguous(), bias.contiguous(), alpha, kept)
+    if not _kernel_takes(x, y, bias) or (scale is not None and not takes_halves(x)):
+        return reference.add_branch(x, y, bias, alpha, kept, scale)
+    kept, scale = (None if t is None else t.contiguous() for t in (kept, scale))
+    return torch.ops.atst_fast.add_branch(x.contiguous(), y.contiguous(), bias.contiguous(), alpha, kept, scale)
+
+
+def _kernel_takes(x: Tensor, *others: Tensor) -> bool:
+    """Whether there is a kernel for these dtypes where they lie."""
+    same = all(t.dtype == x.dtype for t in others)
+    return same and (x.dtype == torch.float32 or (x.dtype in _HALVES and takes_halves(x)))
 
 
 def _check(op: str, name: str, x: Tensor, bias: Tensor) -> None:
@@ -89,12 +113,12 @@ def _(grad, h, bias):
 
 
 @torch.library.register_fake("atst_fast::add_branch")
-def _(x, y, bias, alpha, kept):
+def _(x, y, bias, alpha, kept, scale=None):
     return torch.empty_like(x)
 
 
 @torch.library.register_fake("atst_fast::add_branch_backward")
-def _(grad, alpha, kept):
+def _(grad, alpha, kept, scale=None):
     items = grad.shape[:1] if kept is None else kept.shape
     return grad.new_empty(*items, *grad.shape[1:]), grad.new_empty(grad.shape[-1:])
 
@@ -108,23 +132,23 @@ def _gelu_backward(ctx, grad):
 
 
 def _save_branch(ctx, inputs, output):
-    _, _, _, ctx.alpha, kept = inputs
-    ctx.save_for_backward(kept)
+    _, _, _, ctx.alpha, kept, scale = inputs
+    ctx.save_for_backward(kept, scale)
 
 
 def _branch_backward(ctx, grad):
-    (kept,) = ctx.saved_tensors
-    if kept is None and ctx.alpha == 1.0:
-        return grad, grad, grad.reshape(-1, grad.shape[-1]).sum(0), None, None
-    dy, dbias = torch.ops.atst_fast.add_branch_backward(grad.contiguous(), ctx.alpha, kept)
-    return grad, dy, dbias, None, None
+    kept, scale = ctx.saved_tensors
+    if kept is None and scale is None and ctx.alpha == 1.0:
+        return grad, grad, grad.reshape(-1, grad.shape[-1]).sum(0), None, None, None
+    dy, dbias = torch.ops.atst_fast.add_branch_backward(grad.contiguous(), ctx.alpha, kept, scale)
+    return grad, dy, dbias, None, None, None
 
 
 torch.library.register_autograd("atst_fast::bias_gelu", _gelu_backward, setup_context=_save_gelu)
 torch.library.register_autograd("atst_fast::add_branch", _branch_backward, setup_context=_save_branch)
-register("bias_gelu", CUDA=reference.bias_gelu)
-register("bias_gelu_backward", CUDA=reference.bias_gelu_backward)
-register("add_branch", CUDA=reference.add_branch)
-register("add_branch_backward", CUDA=reference.add_branch_backward)
+register("bias_gelu", CUDA=reference.bias_gelu, triton="epilogue")
+register("bias_gelu_backward", CUDA=reference.bias_gelu_backward, triton="epilogue")
+register("add_branch", CUDA=reference.add_branch, triton="epilogue")
+register("add_branch_backward", CUDA=reference.add_branch_backward, triton="epilogue")
 differentiable_once("bias_gelu_backward")
 differentiable_once("add_branch_backward")

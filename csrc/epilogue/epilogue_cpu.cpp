@@ -120,8 +120,15 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(Tensor grad, Tensor h, Tensor bias
   return {dh, dbias};
 }
 
-Tensor add_branch(Tensor x, Tensor y, Tensor bias, double alpha, std::optional<Tensor> kept) {
+// A factor per item is a GPU's way to drop samples: the public functions run the reference for it on a CPU.
+void check_no_scale(const std::optional<Tensor>& scale, const char* op) {
+  ATST_CHECK(!scale, op, ": scale has no kernel on a CPU");
+}
+
+Tensor add_branch(Tensor x, Tensor y, Tensor bias, double alpha, std::optional<Tensor> kept,
+                  std::optional<Tensor> scale) {
   const char* op = "add_branch";
+  check_no_scale(scale, op);
   const float *base = input(x, op, "x"), *from = input(y, op, "y");
   const int64_t dim = last_axis(x, op, "x");
   const float* b = row_of(bias, dim, op, "bias");
@@ -143,8 +150,10 @@ Tensor add_branch(Tensor x, Tensor y, Tensor bias, double alpha, std::optional<T
   return out;
 }
 
-std::tuple<Tensor, Tensor> add_branch_backward(Tensor grad, double alpha, std::optional<Tensor> kept) {
+std::tuple<Tensor, Tensor> add_branch_backward(Tensor grad, double alpha, std::optional<Tensor> kept,
+                                               std::optional<Tensor> scale) {
   const char* op = "add_branch_backward";
+  check_no_scale(scale, op);
   const float* g = input(grad, op, "grad");
   const int64_t dim = last_axis(grad, op, "grad");
   const Items items = make_items(grad, dim, kept, op);
