@@ -42,6 +42,7 @@ ATTENTION_LARGE = 1e-3
 # derivative ends in a sum of two terms of up to z times that size.
 BIAS_GELU = 4e-7
 BIAS_GELU_DERIVATIVE = 2e-6
+GELU_HALF_TAIL = 2**-8  # one rounding to 8 bits, and a polynomial and an exponential of 2^-14 before it
 ADD_BRANCH = 3e-7  # three roundings
 # Batch norm: a few roundings of the distance from the mean in units of the deviation, and that of the mean, which
 # weighs as much as the mean is deviations away from 0. Gradients: the sums of up to 32 rows are float32 as well.
@@ -65,6 +66,11 @@ ROW_SUM = 1e-6
 # a row is the difference of two rows of length 1 times 2 / (rows * length). Sums of columns have it of each row, of
 # either sign.
 FRAME_LOSS = 2e-6
+
+# add_norm
+# float32, relative to the largest value: a dozen roundings and two sums over a row; of rows further than that from 0,
+# their distance in deviations counts too.
+ADD_NORM = 2e-6
 
 # ema
 # teacher + (1 - momentum) * (student - teacher): the difference, the product and the sum are rounded, half a unit each.

@@ -137,7 +137,5 @@ def _backward_of_sum(ctx, d_sum, scale):
 
 torch.library.register_autograd("atst_fast::add_norm", _backward, setup_context=_save)
 register("add_norm", CPU=reference.add_norm, CUDA=reference.add_norm, triton="add_norm")
-register(
-    "add_norm_backward", CPU=reference.add_norm_backward, CUDA=reference.add_norm_backward, triton="add_norm"
-)
+register("add_norm_backward", CPU=reference.add_norm_backward, CUDA=reference.add_norm_backward, triton="add_norm")
 differentiable_once("add_norm_backward")
