@@ -58,7 +58,7 @@ def backward_config(width: int) -> Config:
 
 @triton.jit
 def add_norm_fwd_kernel(
-    x_p, y_p, bias_p, scale_p, weight_p, norm_bias_p, sum_p, normed_p, mean_p, rstd_p, rows, item_rows, eps,
+    p_x, p_y, p_bias, p_scale, p_weight, p_norm_bias, p_sum, p_normed, p_mean, p_rstd, rows, item_rows, eps,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -66,31 +66,31 @@ def add_norm_fwd_kernel(
     m_row, m_column = o_row < rows, o_column < D
     o_ = o_row[:, None] * D + o_column[None, :]
     m_ = m_row[:, None] & m_column[None, :]
-    b_sum = tl.load(x_p + o_, m_, other=0.0).to(tl.float32)
-    if y_p is not None:
-        if scale_p is not None:
-            b_scale = tl.load(scale_p + o_row // item_rows, m_row, other=0.0)
-            b_y = tl.load(y_p + o_, m_ & (b_scale != 0)[:, None], other=0.0).to(tl.float32)
+    b_sum = tl.load(p_x + o_, m_, other=0.0).to(tl.float32)
+    if p_y is not None:
+        if p_scale is not None:
+            b_scale = tl.load(p_scale + o_row // item_rows, m_row, other=0.0)
+            b_y = tl.load(p_y + o_, m_ & (b_scale != 0)[:, None], other=0.0).to(tl.float32)
         else:
-            b_y = tl.load(y_p + o_, m_, other=0.0).to(tl.float32)
-        if bias_p is not None:
-            b_y += tl.load(bias_p + o_column, m_column, other=0.0).to(tl.float32)[None, :]
-        if scale_p is not None:
+            b_y = tl.load(p_y + o_, m_, other=0.0).to(tl.float32)
+        if p_bias is not None:
+            b_y += tl.load(p_bias + o_column, m_column, other=0.0).to(tl.float32)[None, :]
+        if p_scale is not None:
             b_y *= b_scale[:, None]
-        b_rounded = (b_sum + b_y).to(sum_p.dtype.element_ty)
-        tl.store(sum_p + o_, b_rounded, m_)
+        b_rounded = (b_sum + b_y).to(p_sum.dtype.element_ty)
+        tl.store(p_sum + o_, b_rounded, m_)
         b_sum = b_rounded.to(tl.float32)
     b_mean = tl.sum(b_sum, 1) / D
     b_centred = tl.where(m_column[None, :], b_sum - b_mean[:, None], 0.0)
     b_rstd = tl.rsqrt(tl.sum(b_centred * b_centred, 1) / D + eps)
-    tl.store(mean_p + o_row, b_mean, m_row)
-    tl.store(rstd_p + o_row, b_rstd, m_row)
+    tl.store(p_mean + o_row, b_mean, m_row)
+    tl.store(p_rstd + o_row, b_rstd, m_row)
     b_normed = b_centred * b_rstd[:, None]
-    if weight_p is not None:
-        b_normed *= tl.load(weight_p + o_column, m_column, other=0.0).to(tl.float32)[None, :]
-    if norm_bias_p is not None:
-        b_normed += tl.load(norm_bias_p + o_column, m_column, other=0.0).to(tl.float32)[None, :]
-    tl.store(normed_p + o_, b_normed.to(normed_p.dtype.element_ty), m_)
+    if p_weight is not None:
+        b_normed *= tl.load(p_weight + o_column, m_column, other=0.0).to(tl.float32)[None, :]
+    if p_norm_bias is not None:
+        b_normed += tl.load(p_norm_bias + o_column, m_column, other=0.0).to(tl.float32)[None, :]
+    tl.store(p_normed + o_, b_normed.to(p_normed.dtype.element_ty), m_)
 
 
 @triton.jit
@@ -100,15 +100,15 @@ def _pair_sum(a, b, c, d):
 
 @triton.jit
 def add_norm_bwd_kernel(
-    d_sum_p, d_normed_p, sum_p, mean_p, rstd_p, scale_p, weight_p, dx_p, dy_p, parts_p, rows, item_rows, programs,
+    p_d_sum, p_d_normed, p_sum, p_mean, p_rstd, p_scale, p_weight, p_dx, p_dy, p_parts, rows, item_rows, programs,
     D: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr, NORM_BIAS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     i_program = tl.program_id(0)
     o_column = tl.arange(0, BLOCK)
     m_column = o_column < D
-    if weight_p is not None:
-        b_weight = tl.load(weight_p + o_column, m_column, other=0.0).to(tl.float32)[None, :]
+    if p_weight is not None:
+        b_weight = tl.load(p_weight + o_column, m_column, other=0.0).to(tl.float32)[None, :]
     b_dbias = tl.zeros([ROWS, BLOCK], tl.float32)
     b_dweight = tl.zeros([ROWS, BLOCK], tl.float32)
     b_dnorm_bias = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -117,34 +117,34 @@ def add_norm_bwd_kernel(
         m_row = o_row < rows
         o_ = o_row[:, None] * D + o_column[None, :]
         m_ = m_row[:, None] & m_column[None, :]
-        b_grad = tl.load(d_normed_p + o_, m_, other=0.0).to(tl.float32)
-        b_normal = tl.load(sum_p + o_, m_, other=0.0).to(tl.float32)
-        b_mean = tl.load(mean_p + o_row, m_row, other=0.0)
-        b_rstd = tl.load(rstd_p + o_row, m_row, other=0.0)
+        b_grad = tl.load(p_d_normed + o_, m_, other=0.0).to(tl.float32)
+        b_normal = tl.load(p_sum + o_, m_, other=0.0).to(tl.float32)
+        b_mean = tl.load(p_mean + o_row, m_row, other=0.0)
+        b_rstd = tl.load(p_rstd + o_row, m_row, other=0.0)
         b_normal = tl.where(m_column[None, :], (b_normal - b_mean[:, None]) * b_rstd[:, None], 0.0)
         if WEIGHT >= 0:
             b_dweight += b_grad * b_normal
         if NORM_BIAS >= 0:
             b_dnorm_bias += b_grad
-        if weight_p is not None:
+        if p_weight is not None:
             b_grad *= b_weight
         b_sums = tl.reduce((b_grad, b_grad * b_normal), 1, _pair_sum)
         b_dx = b_rstd[:, None] * (b_grad - (b_sums[0] / D)[:, None] - b_normal * (b_sums[1] / D)[:, None])
-        if d_sum_p is not None:
-            b_dx += tl.load(d_sum_p + o_, m_, other=0.0).to(tl.float32)
-        tl.store(dx_p + o_, b_dx.to(dx_p.dtype.element_ty), m_)
-        if scale_p is not None:
-            b_dx *= tl.load(scale_p + o_row // item_rows, m_row, other=0.0)[:, None]
-            tl.store(dy_p + o_, b_dx.to(dy_p.dtype.element_ty), m_)
+        if p_d_sum is not None:
+            b_dx += tl.load(p_d_sum + o_, m_, other=0.0).to(tl.float32)
+        tl.store(p_dx + o_, b_dx.to(p_dx.dtype.element_ty), m_)
+        if p_scale is not None:
+            b_dx *= tl.load(p_scale + o_row // item_rows, m_row, other=0.0)[:, None]
+            tl.store(p_dy + o_, b_dx.to(p_dy.dtype.element_ty), m_)
         if BIAS >= 0:
             b_dbias += b_dx
     o_part = i_program.to(tl.int64) * (K * D) + o_column
     if BIAS >= 0:
-        tl.store(parts_p + o_part + BIAS * D, tl.sum(b_dbias, 0), m_column)
+        tl.store(p_parts + o_part + BIAS * D, tl.sum(b_dbias, 0), m_column)
     if WEIGHT >= 0:
-        tl.store(parts_p + o_part + WEIGHT * D, tl.sum(b_dweight, 0), m_column)
+        tl.store(p_parts + o_part + WEIGHT * D, tl.sum(b_dweight, 0), m_column)
     if NORM_BIAS >= 0:
-        tl.store(parts_p + o_part + NORM_BIAS * D, tl.sum(b_dnorm_bias, 0), m_column)
+        tl.store(p_parts + o_part + NORM_BIAS * D, tl.sum(b_dnorm_bias, 0), m_column)
 
 
 def _rows_and_width(x: Tensor) -> tuple[int, int, int]:

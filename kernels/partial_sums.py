@@ -18,7 +18,7 @@ ROWS, COLUMNS = 128, 16
 
 @triton.jit
 def partial_sums_kernel(
-    parts_p, out0_p, out1_p, out2_p, programs, K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    p_parts, p_out0, p_out1, p_out2, programs, K: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     i_k = tl.program_id(1)
@@ -28,16 +28,13 @@ def partial_sums_kernel(
     for i_first in range(0, programs, ROWS):
         o_part = i_first + tl.arange(0, ROWS)
         o_ = o_part.to(tl.int64)[:, None] * (K * D) + i_k * D + o_column[None, :]
-        b_sum += tl.load(parts_p + o_, (o_part < programs)[:, None] & m_column[None, :], other=0.0)
+        b_sum += tl.load(p_parts + o_, (o_part < programs)[:, None] & m_column[None, :], other=0.0)
     b_total = tl.sum(b_sum, 0)
-    if i_k == 0:
-        tl.store(out0_p + o_column, b_total, m_column)
+    tl.store(p_out0 + o_column, b_total, m_column & (i_k == 0))
     if K > 1:
-        if i_k == 1:
-            tl.store(out1_p + o_column, b_total, m_column)
+        tl.store(p_out1 + o_column, b_total, m_column & (i_k == 1))
     if K > 2:
-        if i_k == 2:
-            tl.store(out2_p + o_column, b_total, m_column)
+        tl.store(p_out2 + o_column, b_total, m_column & (i_k == 2))
 
 
 def add_up(parts: Tensor, dtype: torch.dtype) -> list[Tensor]:

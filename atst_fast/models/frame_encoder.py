@@ -1,13 +1,15 @@
 """The encoder of ATST-Frame: mel frames to tokens to a representation every 40 ms."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atst_fast.nn import Block, PatchEmbed, Selection
+from atst_fast.nn import Block, FixedRows, PatchEmbed, Selection
+from atst_fast.nn.stream import Stream, attended, drop_path_factors
 from atst_fast.ops import _checks
 
 # "small", "base" and "large" are the published sizes; "tiny" is for demonstrations on a CPU.
@@ -34,9 +36,15 @@ class FrameEncoder(nn.Module):
         mlp_ratio, qkv_bias: of the blocks.
 
     Throughout, ``mel`` is float ``[B, 1, n_mels, T]`` (B clips, T frames of 10 ms), ``lengths`` int64 ``[B]`` its valid
-    frames, ``mask`` bool ``[B, L]`` with L = tokens of T frames. Keep ``lengths`` and ``mask`` on the CPU: they are
-    counted there, and a device never has to be waited for. A wrong argument is named by ``ValueError``/``TypeError``.
+    frames, ``mask`` bool ``[B, L]`` with L = tokens of T frames. A wrong argument is named by ``ValueError`` or
+    ``TypeError``. On a CPU ``lengths`` and ``mask`` are counted.
+
+    On a GPU, or with ``fixed_shapes`` set to True, no shape depends on their values nor on the draws of stochastic
+    depth, which that device makes: nothing is counted or waited for, and a CUDA graph can hold any call whose arguments
+    lie on it. There a length out of range is not refused; it gives NaN.
     """
+
+    fixed_shapes: bool | None = None  # None: on a GPU
 
     def __init__(
         self,
@@ -119,24 +127,86 @@ class FrameEncoder(nn.Module):
         Rows past a clip's length attend to its valid tokens, as in audiossl; do not read them.
         """
         x, length, _ = self._embed(mel, lengths, mask)
+        if self._is_fixed(x):
+            return self._last_norm(self._streams(x, length, "attend"))
         for block in self.blocks:
-            x = block(x, length)
+            x = block(x, length, fixed_shapes=False)
         return self.norm_frame(x)
 
-    def masked_tokens(self, mel: Tensor, lengths: Tensor | None, mask: Tensor, *, replace: bool) -> Tensor:
+    def masked_tokens(
+        self, mel: Tensor, lengths: Tensor | None, mask: Tensor, *, replace: bool, select: FixedRows | None = None
+    ) -> Tensor:
         """The tokens that are masked and valid, ``[M, D]`` after ``norm_frame``, ordered by (clip, time).
 
         ``replace``: whether they enter as the mask token (the student) or as they are (the teacher). The last block
         computes these rows only: all rows are keys and values there, and nothing else of them is read.
+
+        ``select``: what `select` made of the same arguments, which student and teacher can share. Then, and wherever
+        shapes are fixed, the rows are ``[C, D]``, and those from ``select.count`` on are padding.
         """
         _check_mask(mask, len(mel), self.tokens(mel.shape[-1]))
+        if select is not None or self._is_fixed(mel):
+            if select is None:
+                select = self.select(mel, lengths, mask, mask.numel())
+            x, length, _ = self._embed(mel, lengths, mask if replace else None)
+            return self._last_norm(self._streams(x, length, "zero", select))
         x, length, host_length = self._embed(mel, lengths, mask if replace else None)
         select = Selection.build(mask, host_length)
         if not len(select.queries):
             raise ValueError(f"{_NAME}: mask must select at least one valid token of the batch, got none")
         for block in self.blocks[:-1]:
-            x = block(x, length, padded_queries="zero")
+            x = block(x, length, padded_queries="zero", fixed_shapes=False)
         return self.norm_frame(self.blocks[-1](x, select=select))
+
+    def select(
+        self, mel: Tensor, lengths: Tensor | None, mask: Tensor, capacity: int | None = None
+    ) -> FixedRows | None:
+        """Lists for `masked_tokens` with fixed shapes, on the device of mel: the tokens of ``mask`` that are valid.
+
+        ``capacity``: how many there are at most, C; by default B * L. If there are more, ``count`` is -1. None where
+        shapes are not fixed: on a CPU, unless there is a capacity.
+        """
+        _check_mask(mask, len(mel), self.tokens(mel.shape[-1]))
+        if capacity is None and not self._is_fixed(mel):
+            return None
+        valid, _ = self._valid(lengths, mel, mask.shape[1])
+        places = max(mask.numel(), 1) if capacity is None else capacity
+        return FixedRows.build(mask.to(mel.device, non_blocking=True), valid, places)
+
+    def _is_fixed(self, x: Tensor) -> bool:
+        return x.is_cuda if self.fixed_shapes is None else self.fixed_shapes
+
+    def _streams(
+        self,
+        x: Tensor,
+        length: Tensor | None,
+        padded_queries: Literal["zero", "attend"],
+        select: FixedRows | None = None,
+    ) -> Iterator[Stream]:
+        """What comes out of each block, none of whose shapes depends on a value; the last one's are rows of select."""
+        factors, lengths = self._drop_paths(x, length)
+        stream = Stream(x)
+        for i, block in enumerate(self.blocks):
+            rows = select if i == len(self.blocks) - 1 else None
+            stream = block.advance(stream, lengths[i], factors[i], padded_queries=padded_queries, select=rows)
+            yield stream
+
+    def _last_norm(self, streams: Iterator[Stream]) -> Tensor:
+        last = next(streams)
+        for last in streams:  # noqa: B007 (the others are let go as the next one comes)
+            pass
+        return last.norm(self.norm_frame)[1]
+
+    def _drop_paths(self, x: Tensor, length: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """For each block the factors of its branches, None where it drops nothing, and the tokens that attend."""
+        probabilities = [block.drop_path if block.training else 0.0 for block in self.blocks]
+        if not any(probabilities):
+            return [None] * len(self.blocks), [length] * len(self.blocks)
+        draws = torch.rand(len(self.blocks), 2, len(x), device=x.device)
+        factors = drop_path_factors(probabilities, draws)
+        lengths = attended(length, factors, x.shape[1])
+        each = [(f, n) if p else (None, length) for p, f, n in zip(probabilities, factors.unbind(), lengths.unbind())]
+        return [f for f, _ in each], [n for _, n in each]
 
     def intermediate(self, mel: Tensor, lengths: Tensor | None = None, n_blocks: int = 1) -> Tensor:
         """Outputs of the last ``n_blocks`` blocks, each after ``norm_frame``, in ascending order:
@@ -144,9 +214,12 @@ class FrameEncoder(nn.Module):
         if not 1 <= n_blocks <= len(self.blocks):
             _checks.fail(_NAME, "n_blocks", f"from 1 to {len(self.blocks)}, the depth", n_blocks)
         x, length, _ = self._embed(mel, lengths, None)
+        if self._is_fixed(x):
+            streams = list(self._streams(x, length, "attend"))[-n_blocks:]
+            return torch.cat([stream.norm(self.norm_frame)[1] for stream in streams], dim=-1)
         outputs = []
         for i, block in enumerate(self.blocks):
-            x = block(x, length)
+            x = block(x, length, fixed_shapes=False)
             if i >= len(self.blocks) - n_blocks:
                 outputs.append(self.norm_frame(x))
         return torch.cat(outputs, dim=-1)
@@ -158,8 +231,11 @@ class FrameEncoder(nn.Module):
     def _embed(self, mel: Tensor, lengths: Tensor | None, mask: Tensor | None):
         """Tokens, and valid tokens per clip on the device and where they came; None: all are valid."""
         x = self.prepare_tokens(mel, mask)
+        return x, *self._valid(lengths, mel, x.shape[1])
+
+    def _valid(self, lengths: Tensor | None, mel: Tensor, tokens: int) -> tuple[Tensor | None, Tensor | None]:
         if lengths is None:
-            return x, None, None
+            return None, None
         frames = mel.shape[3]
         expected = f"[{len(mel)}] (valid frames of each clip, 0 to {frames})"
         _checks.tensor(_NAME, "lengths", lengths, expected, dim=1, dtypes=(torch.int64,))
@@ -169,9 +245,9 @@ class FrameEncoder(nn.Module):
         if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
             if len(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) <= frames:
                 _checks.fail(_NAME, "lengths", expected, lengths.tolist())
-            if (host >= x.shape[1]).all():
-                return x, None, None
-        return x, host.to(x.device, non_blocking=True), host
+            if (host >= tokens).all():
+                return None, None
+        return host.to(mel.device, non_blocking=True), host
 
     def _positions(self, frames: int) -> Tensor:
         tokens = self.tokens(frames)

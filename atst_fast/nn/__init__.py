@@ -5,6 +5,15 @@ from atst_fast.nn.frame_attention import FrameAttention
 from atst_fast.nn.log_mel import LogMelSpectrogram
 from atst_fast.nn.mlp import Mlp
 from atst_fast.nn.patch_embed import PatchEmbed
-from atst_fast.nn.selection import FixedSelection, Selection
+from atst_fast.nn.selection import FixedRows, FixedSelection, Selection
 
-__all__ = ["Block", "FixedSelection", "FrameAttention", "LogMelSpectrogram", "Mlp", "PatchEmbed", "Selection"]
+__all__ = [
+    "Block",
+    "FixedRows",
+    "FixedSelection",
+    "FrameAttention",
+    "LogMelSpectrogram",
+    "Mlp",
+    "PatchEmbed",
+    "Selection",
+]

@@ -10,7 +10,8 @@ from atst_fast import ops
 from atst_fast.nn.frame_attention import FrameAttention
 from atst_fast.nn.mlp import Mlp
 from atst_fast.nn.plain import is_plain
-from atst_fast.nn.selection import Selection, take
+from atst_fast.nn.selection import FixedRows, Selection, take
+from atst_fast.nn.stream import Stream, attended, drop_path_factors
 
 
 class Block(nn.Module):
@@ -19,7 +20,8 @@ class Block(nn.Module):
     Keys ``norm1.*``, ``attn.{qkv,proj}.*``, ``norm2.*``, ``mlp.{fc1,fc2}.*``. Args as audiossl's ``Block``
     (``audiossl/modules/transformer.py``): ``drop`` dropout of the projection and the MLP, ``attn_drop`` must be 0,
     ``drop_path`` probability that a sample skips a branch in training (0 <= drop_path < 1), ``norm_layer`` and
-    ``act_layer`` builders. The branch of a dropped sample is not computed: its share of the result is zero either way.
+    ``act_layer`` builders. The share of a dropped sample is zero, and its branch is not computed: on a CPU it does not
+    enter it; on a GPU, where no shape may depend on the draws, its attention is skipped and its rows are not added.
     ``attn`` and ``mlp`` are read part by part: a hook on them does not run, one on their linear layers does.
     """
 
@@ -51,14 +53,21 @@ class Block(nn.Module):
         length: Tensor | None = None,
         *,
         padded_queries: Literal["zero", "attend"] = "attend",
-        select: Selection | None = None,
+        select: Selection | FixedRows | None = None,
         draws: Tensor | None = None,
+        fixed_shapes: bool | None = None,
     ) -> Tensor:
         """Tokens ``[B, L, D]`` to ``[B, L, D]``, or to the selected ``[M, D]``; arguments as ``FrameAttention``.
 
-        ``draws`` ``[2, B]`` in [0, 1), on the CPU: a sample keeps a branch (attention, MLP) where
-        floor(1 - drop_path + draw) is 1. Drawn from the CPU generator when left out, whatever the device of ``x``.
+        ``draws`` ``[2, B]`` in [0, 1): a sample keeps a branch (attention, MLP) where floor(1 - drop_path + draw) is 1.
+        Drawn when left out. ``fixed_shapes``: whether no shape depends on them, so that nothing waits for ``x``'s
+        device; by default so on a GPU and with ``FixedRows``. The draws are on that device then, else on the CPU.
         """
+        if isinstance(select, FixedRows) or (select is None and (x.is_cuda if fixed_shapes is None else fixed_shapes)):
+            factors = self._factors(x, draws)
+            if factors is not None and select is None:
+                length = attended(length, factors, x.shape[1])
+            return self.advance(Stream(x), length, factors, padded_queries=padded_queries, select=select).sum()
         kept_attn, kept_mlp = self._kept(len(x), draws)
         entering = self.norm1(take(x, kept_attn))
         if select is None:
@@ -75,6 +84,41 @@ class Block(nn.Module):
             mixed = self.attn.mix(entering, select=remaining)
         x = self._add(x, kept_attn, mixed, self.attn.proj)
         return self._add(x, kept_mlp, self.mlp.hidden(self.norm2(take(x, kept_mlp))), self.mlp.fc2)
+
+    def advance(
+        self,
+        stream: Stream,
+        length: Tensor | None,
+        factors: Tensor | None,
+        *,
+        padded_queries: Literal["zero", "attend"] = "attend",
+        select: FixedRows | None = None,
+    ) -> Stream:
+        """The same from stream to stream, with the shapes of the arguments alone.
+
+        ``factors`` float32 ``[2, B]`` of both branches (``drop_path_factors``), None: nothing is dropped. ``length`` is
+        0 for a sample that drops attention (``attended``). With ``select`` the stream goes on with its rows.
+        """
+        of_attn, of_mlp = (None, None) if factors is None else factors
+        x, entering = stream.norm(self.norm1)
+        mixed = self.attn.mix(entering, length, padded_queries=padded_queries, select=select)
+        if select is not None:
+            x = select.take_queries(x.flatten(0, 1))
+            of_attn, of_mlp = (None if f is None else select.queries.per_row(f) for f in (of_attn, of_mlp))
+        x, entering = Stream(x, *self._last(mixed, self.attn.proj), of_attn).norm(self.norm2)
+        return Stream(x, *self._last(self.mlp.hidden(entering), self.mlp.fc2), of_mlp)
+
+    def _factors(self, x: Tensor, draws: Tensor | None) -> Tensor | None:
+        if not self.training or not self.drop_path:
+            return None
+        draws = torch.rand(2, len(x), device=x.device) if draws is None else draws
+        return drop_path_factors([self.drop_path], draws.to(x.device, torch.float32)[None])[0]
+
+    def _last(self, hidden: Tensor, last: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        """``last(hidden)`` without its bias, and the bias; or dropped out, and None."""
+        if (self.drop and self.training) or not is_plain(last):
+            return F.dropout(last(hidden), self.drop, self.training), None
+        return F.linear(hidden, last.weight), last.bias
 
     def _kept(self, batch: int, draws: Tensor | None) -> list[Tensor | None]:
         """The samples that keep each branch, ascending; None: all."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from atst_fast import ops
 from atst_fast.nn.plain import is_plain
-from atst_fast.nn.selection import Selection, take
+from atst_fast.nn.selection import FixedRows, Selection
 
 
 class FrameAttention(nn.Module):
@@ -45,7 +45,7 @@ class FrameAttention(nn.Module):
         length: Tensor | None = None,
         *,
         padded_queries: Literal["zero", "attend"] = "attend",
-        select: Selection | None = None,
+        select: Selection | FixedRows | None = None,
     ) -> Tensor:
         """Tokens ``[B, L, D]`` to ``[B, L, D]``, or to ``[M, D]`` for the selected ones only.
 
@@ -60,7 +60,7 @@ class FrameAttention(nn.Module):
         length: Tensor | None = None,
         *,
         padded_queries: Literal["zero", "attend"] = "attend",
-        select: Selection | None = None,
+        select: Selection | FixedRows | None = None,
     ) -> Tensor:
         """What ``proj`` reads: the heads side by side. Arguments and shapes as ``forward``."""
         if select is None:
@@ -79,16 +79,16 @@ class FrameAttention(nn.Module):
             scale=self.scale,
         )
 
-    def _selected(self, x: Tensor, select: Selection) -> tuple[Tensor, Tensor]:
+    def _selected(self, x: Tensor, select: Selection | FixedRows) -> tuple[Tensor, Tensor]:
         """Queries of the selected rows; keys and values of those they attend to."""
         parts = [x.shape[1], 2 * x.shape[1]]
         if not is_plain(self.qkv):
             q, kv = self.qkv(x).split(parts, dim=1)
-            return take(q, select.queries), take(kv, select.keys)
+            return select.take_queries(q), select.take_keys(kv)
         weight_q, weight_kv = self.qkv.weight.split(parts)
         bias_q, bias_kv = (None, None) if self.qkv.bias is None else self.qkv.bias.split(parts)
-        q = F.linear(take(x, select.queries), weight_q, bias_q)
-        return q, F.linear(take(x, select.keys), weight_kv, bias_kv)
+        q = F.linear(select.take_queries(x), weight_q, bias_q)
+        return q, F.linear(select.take_keys(x), weight_kv, bias_kv)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

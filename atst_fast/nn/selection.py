@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from atst_fast import ops
 from atst_fast.ops import _checks
 
 
@@ -53,6 +54,14 @@ class Selection(NamedTuple):
         queries, remain = renumber(self.queries)
         keys = None if self.keys is None else renumber(self.keys)[0]
         return Selection(queries, self.query_counts[kept], keys, self.key_counts[kept], self.length), remain
+
+    def take_queries(self, x: Tensor) -> Tensor:
+        """The selected rows of ``[B*L, D]``."""
+        return take(x, self.queries)
+
+    def take_keys(self, x: Tensor) -> Tensor:
+        """The rows that they attend to."""
+        return take(x, self.keys)
 
     def offsets(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """``cu_seqlens`` of queries and keys: int32 ``[B+1]`` each."""
@@ -109,6 +118,44 @@ class FixedSelection(NamedTuple):
         gets zeros."""
         padded = self.rows < 0
         return per_clip[(self.rows // max(self.max_seqlen, 1)).masked_fill(padded, 0)].masked_fill(padded, 0)
+
+
+class FixedRows(NamedTuple):
+    """What `Selection` is to a step that waits for its device: the selected tokens of a batch and those they attend to,
+    by lists of fixed size. ``keys`` is None where all tokens are valid."""
+
+    queries: FixedSelection
+    keys: FixedSelection | None
+
+    @classmethod
+    def build(cls, mask: Tensor, token_lengths: Tensor | None, capacity: int) -> "FixedRows":
+        """From a bool mask ``[B, L]`` and the valid tokens int64 ``[B]`` on its device, or None: all. ``capacity``: how
+        many tokens are masked and valid at most."""
+        if token_lengths is None:
+            return cls(FixedSelection.build(mask, capacity), None)
+        valid = torch.arange(mask.shape[1], device=mask.device) < token_lengths[:, None]
+        return cls(FixedSelection.build(mask & valid, capacity), FixedSelection.build(valid, max(valid.numel(), 1)))
+
+    @property
+    def count(self) -> Tensor:
+        """int64, a scalar on the device: how many rows are not padding; -1 where they did not fit."""
+        return self.queries.count
+
+    @property
+    def length(self) -> int:
+        """L, the most queries or keys that a sample can have."""
+        return self.queries.max_seqlen
+
+    def take_queries(self, x: Tensor) -> Tensor:
+        """``[C, D]``: the selected rows of ``[B*L, D]``, then zeros."""
+        return ops.select_rows(x, self.queries.rows, self.queries.inverse)
+
+    def take_keys(self, x: Tensor) -> Tensor:
+        return x if self.keys is None else ops.select_rows(x, self.keys.rows, self.keys.inverse)
+
+    def offsets(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        keys = self.queries.cu_seqlens_k if self.keys is None else self.keys.cu_seqlens_q
+        return self.queries.cu_seqlens_q, keys
 
 
 def take(x: Tensor, rows: Tensor | None) -> Tensor:
