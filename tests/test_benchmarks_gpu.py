@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import card, machine, report
-from benchmarks.gpu import bench_augment, bench_ema, bench_log_mel, bench_step, conftest, timing
+from benchmarks.gpu import bench_augment, bench_ema, bench_heads, bench_log_mel, bench_step, conftest, timing
 from tests import tolerances
 from tests.cuda.test_augment import make_case
 
@@ -71,6 +71,17 @@ def test_augment_cases_compute_one_thing():
     arguments = bench_augment.make_arguments("tiny", "cpu")
     ours, plain = (bench_augment.PROVIDERS[p](*arguments)() for p in ("atst_fast", "plain PyTorch"))
     torch.testing.assert_close(ours, plain, rtol=0, atol=tolerances.AUGMENT)
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_cases_of_the_heads_compute_one_thing(way):
+    norms, losses = bench_heads.norm_inputs("tiny", "cpu", torch.float32), bench_heads.loss_inputs("tiny", "cpu")
+    for providers, inputs in ((bench_heads.NORMS, norms), (bench_heads.LOSSES, losses)):
+        results = []
+        for name in ("atst_fast", "torch"):
+            torch.manual_seed(0)
+            results.append(bench_heads.make(providers[name], name, way, inputs)())
+        torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("seed", range(8))
