@@ -2,8 +2,8 @@
 
 The JSON: what machine.describe() returns, ``date``, and ``cases``, each with ``group``, ``name``, ``params``,
 ``median_s``, ``iqr_s``, ``min_s``, ``rounds``, the ``extra_info`` of the benchmark, ``floor_s`` (null where neither
-bytes nor flops are known), ``floor_by`` (which of the two it is) and ``ratio_to_atst_fast`` (its median over ours, null
-where there is no counterpart). A run on a GPU has its name, clocks and driver, and its own rates.
+bytes nor flops are known), ``floor_by`` (which of the two it is) and ``ratio_to_atst_fast`` (its median over ours, per
+item, null where there is no counterpart). A run on a GPU has its name, clocks and driver, and its own rates.
 A share of the floor above 100 % means that the data was in the caches.
 """
 
@@ -27,8 +27,12 @@ def collect(benchmarks: Iterable, machine: dict) -> dict:
     cases = [_case(b, machine["rates"]) for b in benchmarks]
     for case in cases:
         ours = [c for c in cases if _comparison(c) == _comparison(case) and c["params"].get("provider") == OURS]
-        case["ratio_to_atst_fast"] = case["median_s"] / ours[0]["median_s"] if ours else None
+        case["ratio_to_atst_fast"] = _seconds_per_item(case) / _seconds_per_item(ours[0]) if ours else None
     return {"date": now(), **machine, "cases": cases}
+
+
+def _seconds_per_item(case: dict) -> float:
+    return case["median_s"] / case["extra_info"].get("items", (1, ""))[0]
 
 
 def now() -> str:

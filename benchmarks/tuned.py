@@ -198,7 +198,7 @@ class Step:
         loss.backward()
         self.optimizer.step()
         torch._foreach_lerp_(self.teacher, self.student, 1 - self.momentum)
-        return loss.detach()
+        return loss.detach().clone()  # the graph writes its own anew in the next step
 
 
 def compiled(module, mode):

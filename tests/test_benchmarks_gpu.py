@@ -208,6 +208,24 @@ def test_a_run_on_a_gpu_is_one_file_under_its_name(tmp_path, monkeypatch):
     assert [c["ratio_to_atst_fast"] for c in result["cases"]] == [1.0, 6.0]
 
 
+def test_cases_of_different_batches_are_compared_per_item():
+    """Four clips in 2 ms beside sixteen in 4 ms, and what a step says of itself."""
+    here = {key: value for key, value in gpu_result().items() if key != "cases"}
+    cases = []
+    for provider, clips, seconds in (("atst_fast", 16, 4e-3), ("official_structure", 4, 2e-3)):
+        extra = {"items": (clips, "clips"), "flops": 1e12 * clips, "peak_flops": 989e12, "dtype": "bfloat16"}
+        extra |= {"reserved_bytes": 3 << 30, "note": f"{clips} clips"}
+        case = {"group": "step", "name": f"test_step[base-{provider}]", "extra_info": extra}
+        case["params"] = {"size": "base", "provider": provider}
+        cases.append(SimpleNamespace(**case, stats=timing.Stats(seconds, 0.0, seconds, 11)))
+    result = report.collect(cases, here)
+    assert [c["ratio_to_atst_fast"] for c in result["cases"]] == [1.0, 2.0]
+    assert result["cases"][0]["floor_s"] == pytest.approx(16e12 / 7e14)  # by the rate of bfloat16 products
+    text = "\n".join(report.tables(result))
+    assert "4,000 clips/s" in text
+    assert "16 clips, 4000 TFLOP/s, 404.4% of peak, 3.0 GiB" in text
+
+
 def test_every_case_is_written_when_it_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     stash = pytest.Stash()
