@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from benchmarks import card, machine, report
-from benchmarks.gpu import bench_augment, bench_ema, bench_heads, bench_log_mel, bench_step, conftest, timing
+from benchmarks.gpu import (
+    bench_add_norm,
+    bench_augment,
+    bench_ema,
+    bench_epilogue,
+    bench_heads,
+    bench_log_mel,
+    bench_step,
+    conftest,
+    timing,
+)
 from tests import tolerances
 from tests.cuda.test_augment import make_case
 
@@ -105,6 +115,22 @@ def test_a_peer_is_compiled_for_its_own_sizes():
             patch.setattr(torch, "compile", call)
             timing.compiled(lambda x: x + 1)(torch.zeros(n))
     assert shapes == [(3,), (5,)]
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_cases_of_a_block_compute_one_thing(way):
+    norm, epilogue = bench_add_norm, bench_epilogue
+    cases = [(norm.PROVIDERS, norm.make, norm.make_inputs("tiny", "cpu", torch.float32))]
+    for providers, branch in ((epilogue.GELUS, False), (epilogue.BRANCHES, True)):
+        cases.append(
+            (providers, epilogue.make, epilogue.make_inputs("tiny", "cpu", branch=branch, dtype=torch.float32))
+        )
+    for providers, make, inputs in cases:
+        results = []
+        for name in ("atst_fast", "torch"):
+            torch.manual_seed(0)  # of the gradients that are sent
+            results.append(make(providers[name], name, way, inputs)())
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_teacher_updates_compute_one_thing():
