@@ -111,7 +111,11 @@ def kernels(s: Step) -> list[Kernel]:
     mel = 4 * 64 * s.frames * 2 * s.clips
 
     def case(name: str) -> tuple[str, str, dict]:
-        return name.removesuffix("_backward"), f"test_{name}", {"size": s.name, "provider": "atst_fast"}
+        op = name if name.startswith("select") else name.removesuffix("_backward")
+        more = {"frame_attention": {"lengths": "full"}, "patch_embed": {"masked": False}}.get(op, {})
+        size = "step" if op in ("batch_norm_relu", "frame_loss") else s.name
+        more |= {"way": "backward" if op != name else "forward"} if op[:6] != "select" else {}
+        return op, f"test_{op}", {"size": size, "provider": "atst_fast", **more}
 
     return [
         Kernel(name, moved, flops, launches, case(name))

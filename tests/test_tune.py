@@ -36,7 +36,7 @@ def test_a_case_runs(triton_ops, name):
 
 
 def test_every_configuration_is_a_candidate(triton_ops):
-    size = tune.Size(dim=64, heads=1, clips=1, tokens=250, hidden=64, out=32, device="cpu")
+    size = tune.Size(dim=768, heads=12, clips=1, hidden=256, out=32, device="cpu")
     offered = set()
     for name in CASES:
         case = tune.CASES[name](size)

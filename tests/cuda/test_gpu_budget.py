@@ -1,6 +1,8 @@
 """The model behind docs/gpu_budget.md, and that the page shows what it says."""
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,3 +93,19 @@ def test_floors_of_the_step():
         assert eager > compiled > ours
     assert token_budget.product_floor(8192, 8192, 8192) == pytest.approx(2 * 8192**3 / 989e12)
     assert token_budget.product_floor(8192, 16, 8192) > 2 * 8192 * 8192 * 16 / 989e12
+
+
+def test_what_was_measured_is_looked_up_under_the_names_of_the_benchmarks():
+    cases = {}
+    for path in Path(gpu_budget.__file__).parent.glob("gpu/bench_*.py"):
+        for name, item in vars(importlib.import_module(f"benchmarks.gpu.{path.stem}")).items():
+            marks = getattr(item, "pytestmark", [])
+            values = {mark.args[0]: [*mark.args[1]] for mark in marks if mark.name == "parametrize"}
+            cases |= {(m.kwargs["group"], name): values for m in marks if m.name == "benchmark"}
+    works = [*token_budget.kernels(token_budget.BASE), *(w for w in gpu_budget.WORK if w.measured)]
+    for group, name, params in (work.measured for work in works):
+        if (values := cases.get((group, name))) is not None:
+            assert set(params) == set(values), name
+            assert all(value in values[key] for key, value in params.items()), name
+    have_none = {"frame_attention_packed", "select_rows_backward", "frame_attention", "patch_embed", "select_rows"}
+    assert {w.measured[0] for w in works if w.measured[:2] not in cases} <= have_none
