@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from atst_fast.models.frame_encoder import FrameEncoder
 from atst_fast.models.heads import Head
 from atst_fast.models.loss import FrameLoss, frame_loss
+from atst_fast.nn import FixedRows
 from atst_fast.ops import _checks
 
 _NAME = "ATSTFrame"
@@ -22,9 +23,13 @@ class Student(nn.Module):
         self.projector = Head(encoder.dim, hidden, out)
         self.predictor = Head(out, hidden, out)
 
-    def forward(self, mel: Tensor, lengths: Tensor | None, mask: Tensor) -> Tensor:
-        """Predictions ``[M, out]`` for the masked tokens, which it sees as the mask token."""
-        return self.predictor(self.projector(self.encoder.masked_tokens(mel, lengths, mask, replace=True)))
+    def forward(self, mel: Tensor, lengths: Tensor | None, mask: Tensor, *, select: FixedRows | None = None) -> Tensor:
+        """Predictions ``[M, out]`` for the masked tokens, which it sees as the mask token; ``select`` and its padding:
+        ``FrameEncoder.masked_tokens``."""
+        select = select or self.encoder.select(mel, lengths, mask)
+        count = None if select is None else select.count
+        x = self.encoder.masked_tokens(mel, lengths, mask, replace=True, select=select)
+        return self.predictor(self.projector(x, count), count)
 
 
 class Teacher(nn.Module):
@@ -37,9 +42,11 @@ class Teacher(nn.Module):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, mel: Tensor, lengths: Tensor | None, mask: Tensor) -> Tensor:
+    def forward(self, mel: Tensor, lengths: Tensor | None, mask: Tensor, *, select: FixedRows | None = None) -> Tensor:
         """Targets ``[M, out]`` at the masked tokens, from input that is not masked."""
-        return self.projector(self.encoder.masked_tokens(mel, lengths, mask, replace=False))
+        select = select or self.encoder.select(mel, lengths, mask)
+        x = self.encoder.masked_tokens(mel, lengths, mask, replace=False, select=select)
+        return self.projector(x, None if select is None else select.count)
 
 
 class ATSTFrame(nn.Module):
@@ -61,28 +68,45 @@ class ATSTFrame(nn.Module):
         self.teacher = Teacher(self.student)
         self.config = self.student.encoder.config | {"hidden": hidden, "out": out, "symmetric": symmetric}
 
-    def forward(self, view1: Tensor, view2: Tensor, lengths: Tensor | None, mask: Tensor) -> FrameLoss:
+    def forward(
+        self, view1: Tensor, view2: Tensor, lengths: Tensor | None, mask: Tensor, *, capacity: int | None = None
+    ) -> FrameLoss:
         """The loss of one batch, and both networks' output deviation.
 
         Args:
             view1, view2: mel ``[B, 1, n_mels, T]`` of the same clips.
             lengths: valid frames int64 ``[B]``, or None: all. mask: bool ``[B, L]``, shared by both views. Both belong
-                on the CPU (see ``FrameEncoder``).
+                on the CPU for mels that lie there; for a GPU they are best where the mels are.
+            capacity: how many tokens of ``mask`` are masked and valid at most. Where it is given, and on a GPU, the
+                shapes depend on no value, so that nobody waits for the GPU and a CUDA graph can hold the whole; without
+                it there is room for all B * L, which costs time. More than that give a NaN, and no gradient.
 
-        Raises ``ValueError`` where no token is masked and valid: there is nothing to learn from.
+        Raises ``ValueError`` where no token is masked and valid: there is nothing to learn from. Where shapes depend on
+        no value the loss is NaN then.
         """
-        return frame_loss(*self.outputs(view1, view2, lengths, mask), symmetric=self.symmetric)
+        student, teacher, count = self._outputs(view1, view2, lengths, mask, capacity)
+        return frame_loss(student, teacher, symmetric=self.symmetric, count=count)
 
     def outputs(self, view1: Tensor, view2: Tensor, lengths: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Student's and teacher's outputs ``[2M, out]`` (view 1 first), or ``[M, out]`` when not symmetric."""
+        """Student's and teacher's outputs ``[2M, out]`` (view 1 first), or ``[M, out]`` when not symmetric. On a GPU
+        there is a row for each token of the views, and those beyond the masked ones are padding."""
+        return self._outputs(view1, view2, lengths, mask, None)[:2]
+
+    def _outputs(
+        self, view1: Tensor, view2: Tensor, lengths: Tensor | None, mask: Tensor, capacity: int | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Both outputs, and how many of their rows are no padding; None: all."""
         if view1.shape != view2.shape:
             _checks.fail(_NAME, "view2", f"of view1's shape {list(view1.shape)}", view2)
         if self.symmetric:
             view1 = view2 = torch.cat([view1, view2])
             lengths = None if lengths is None else lengths.repeat(2)
             mask = mask.repeat(2, 1)
-        teacher = self.teacher(view1, lengths, mask)
-        return self.student(view2, lengths, mask), teacher
+            capacity = None if capacity is None else 2 * capacity
+        # once for both networks
+        select = self.student.encoder.select(view1, lengths, mask, capacity)
+        teacher = self.teacher(view1, lengths, mask, select=select)
+        return self.student(view2, lengths, mask, select=select), teacher, None if select is None else select.count
 
     def teacher_pairs(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Parameters of the student that the teacher follows, and the teacher's, in the same order."""
