@@ -24,8 +24,10 @@ GPU_PYTHON ?= python3
 GPU_CHECKS := gpu-memcheck gpu-racecheck gpu-synccheck
 
 .PHONY: help env build test test-all pretrain bench lint format sanitize clean
+GPU_OPS := gpu-bench-samples gpu-bench-attention gpu-bench-tokens
 GPU_STEPS := gpu-bench-small gpu-bench-base
-.PHONY: gpu gpu-build gpu-test gpu-bench-ops gpu-bench-step gpu-profile gpu-tune gpu-sanitize $(GPU_CHECKS) $(GPU_STEPS)
+.PHONY: gpu gpu-build gpu-test gpu-bench-ops gpu-bench-step gpu-profile gpu-tune gpu-sanitize
+.PHONY: $(GPU_CHECKS) $(GPU_OPS) $(GPU_STEPS)
 
 help:
 	@echo "make pretrain   set up .venv, build, render demo audio, pretrain ATST-Frame, probe it, draw pictures"
@@ -34,10 +36,11 @@ help:
 	@echo "make bench      benchmarks beside what one would call otherwise; one JSON under benchmarks/results/"
 	@echo "make lint       ruff, clang-format, mypy;   make format: rewrite"
 	@echo "make gpu        build for the GPU of this machine, with the torch of GPU_PYTHON; then its parts, each meant to"
-	@echo "                take less than ten minutes: gpu-test (the tests, Triton's kernels among them), gpu-bench-ops (the"
-	@echo "                operators), gpu-bench-step (gpu-bench-small and gpu-bench-base: whole steps beside plain PyTorch"
-	@echo "                at its best), gpu-profile (where a step's time goes), gpu-sanitize (gpu-memcheck, gpu-racecheck"
-	@echo "                and gpu-synccheck: compute-sanitizer over the CUDA kernels)"
+	@echo "                take less than ten minutes: gpu-test (the tests, Triton's kernels among them), gpu-bench-ops"
+	@echo "                (gpu-bench-samples, gpu-bench-attention, gpu-bench-tokens: operators), gpu-bench-step"
+	@echo "                (gpu-bench-small and gpu-bench-base: whole steps beside plain PyTorch at its best), gpu-profile"
+	@echo "                (where a step's time goes), gpu-sanitize (gpu-memcheck, gpu-racecheck, gpu-synccheck:"
+	@echo "                compute-sanitizer over the CUDA kernels)"
 	@echo "make gpu-tune   time every configuration of the Triton kernels; OPS='frame_attention rows' takes only those"
 	@echo "make clean      remove the build (keeps .venv, $(DATA) and runs)"
 
@@ -117,7 +120,7 @@ GPU := $(GPU_ENV) $(GPU_PY)
 GPU_PLOT := $(GPU) -m benchmarks.plot || echo "no picture was drawn (it needs matplotlib)"
 gpu: gpu-test gpu-bench-ops gpu-bench-step gpu-profile gpu-sanitize
 gpu-sanitize: $(GPU_CHECKS)
-.NOTPARALLEL: gpu gpu-sanitize gpu-bench-step
+.NOTPARALLEL: gpu gpu-sanitize gpu-bench-ops gpu-bench-step
 
 # From build/, so that a setuptools too old for pyproject.toml will do; then copied, for another build may have put its
 # own extension there. A copy over a file would change it under a process that has loaded it.
@@ -143,9 +146,15 @@ $(GPU_CHECKS): gpu-%: gpu-build
 	$(GPU_ENV) timeout -k 10 540 compute-sanitizer --tool $* --kernel-name kns=4atst --report-api-errors no \
 		--error-exitcode 1 --target-processes all $(GPU_PY) -m pytest tests/cuda -m "gpu and sanitize" -rs --durations=5
 
-gpu-bench-ops: gpu-build
-	@echo "== operators on the GPU"
-	$(GPU) -m pytest benchmarks/gpu --benchmark-enable $(if $(COMMIT),--commit $(COMMIT)) -rs --ignore benchmarks/gpu/bench_step.py
+# In three parts, for peers are compiled: what works on samples and parameters, attention, and all else on tokens.
+GPU_BENCHES := $(wildcard benchmarks/gpu/bench_*.py)
+gpu-bench-samples: FILES = $(foreach op,log_mel augment ema,benchmarks/gpu/bench_$(op).py)
+gpu-bench-attention: FILES = benchmarks/gpu/bench_frame_attention.py
+gpu-bench-tokens: FILES = $(filter-out %_log_mel.py %_augment.py %_ema.py %_frame_attention.py %_step.py,$(GPU_BENCHES))
+gpu-bench-ops: $(GPU_OPS)
+$(GPU_OPS): gpu-build
+	@echo "== operators on the GPU: $(@:gpu-bench-%=%)"
+	$(GPU) -m pytest $(FILES) --benchmark-enable $(if $(COMMIT),--commit $(COMMIT)) -rs
 	@$(GPU_PLOT)
 
 # One size at a time: torch.compile tunes the peer's kernels for minutes. What it found stays in its cache.

@@ -70,7 +70,7 @@ def compiled(call: Callable) -> Callable:
     return torch.compile(call, dynamic=False)
 
 
-def launched(call: Callable, gpu: Any, budget: float = 1.0) -> Stats:
+def launched(call: Callable, gpu: Any, budget: float = 0.5) -> Stats:
     """Single calls, with nothing of theirs in the L2 cache: the GPU's time, as in a loop whose CPU runs ahead of it.
 
     What a call takes the CPU longer than HEAD_START is included.
@@ -80,7 +80,7 @@ def launched(call: Callable, gpu: Any, budget: float = 1.0) -> Stats:
     return _rounds(call, gpu, budget, gpu.clear_cache)
 
 
-def replayed(call: Callable, gpu: Any, budget: float = 1.0) -> Stats:
+def replayed(call: Callable, gpu: Any, budget: float = 0.5) -> Stats:
     """Calls one after the other in a CUDA graph: no launch by the CPU, and what fits into the L2 cache stays there."""
     stats = _rounds(gpu.captured(call, REPLAYED), gpu, budget, lambda: None)
     return Stats(stats.median / REPLAYED, stats.iqr / REPLAYED, stats.min / REPLAYED, stats.rounds)
