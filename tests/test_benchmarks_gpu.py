@@ -191,7 +191,7 @@ def test_a_batch_that_does_not_fit_is_halved():
 
 
 def test_a_case_of_its_own_process(monkeypatch):
-    answer = SimpleNamespace(returncode=0, stdout='compiling ...\n{"stats": 1}\n', stderr="a warning")
+    answer = SimpleNamespace(returncode=0, stdout='compiling ...\n{"stats": 1}\nbye\n', stderr="a warning")
     monkeypatch.setattr(bench_step.subprocess, "run", lambda *_, **__: answer)
     assert bench_step.run_apart("atst_fast", "base") == {"stats": 1}
     answer.returncode, answer.stderr = 1, "out of memory"

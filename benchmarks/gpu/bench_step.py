@@ -175,7 +175,7 @@ def run_apart(provider, size):
     done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, timeout=LIMITS[provider])
     if done.returncode:
         pytest.fail(f"{provider}: {done.stdout[-1000:]}{done.stderr[-3000:]}", pytrace=False)
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith('{"stats"')))
 
 
 @pytest.mark.benchmark(group="step")
