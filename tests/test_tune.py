@@ -12,7 +12,7 @@ from benchmarks.gpu import tune
 from tests.test_benchmarks_gpu import Clock
 
 KERNELS = Path(tune.__file__).parents[2] / "kernels"
-SMALL = tune.Size(dim=64, heads=2, clips=1, tokens=40, hidden=64, out=32, dtype=torch.float32, device="cpu")
+SMALL = tune.Size(dim=64, heads=2, clips=1, tokens=16, hidden=64, out=32, dtype=torch.float32, device="cpu")
 
 
 def here(name):
