@@ -51,12 +51,19 @@ def gradients(ops_, out, leaves, grad):
         return torch.autograd.grad(out, leaves, padded)
 
 
+@pytest.fixture(params=[None, 2], ids=["short", "long"])
+def strips(request, monkeypatch):
+    """Strips of one tile, as few rows have them, and of several."""
+    if request.param:
+        monkeypatch.setattr(kernels, "_STRIPS", request.param)
+
+
 # rows, columns, count: more than one strip, more than one block of columns, nothing of it even
-SIZES = [(70, 130, None), (71, 67, 50), (2, 1, None), (5, 3, 2), (40, 64, 40), (37, 16, 99)]
+SIZES = [(70, 130, None), (71, 67, 44), (2, 1, None), (5, 3, 2), (40, 64, 40), (37, 16, 99)]
 
 
 @pytest.mark.parametrize("rows, dim, count", SIZES)
-def test_float32(triton_ops, rows, dim, count):
+def test_float32(triton_ops, strips, rows, dim, count):
     leaves, grad, number = case(triton_ops, rows, dim, count=count)
     n = rows if count is None else min(count, rows)
     want, expected, grad = in_float64(leaves, grad, n)
@@ -90,7 +97,7 @@ def test_halves_are_as_exact_as_in_torch(triton_ops, dtype, parameters):
         assert error <= tol.HALF_OF_TORCH * torchs + tol.HALF_SUM * e.abs().max()
 
 
-def test_a_mean_far_from_zero(triton_ops):
+def test_a_mean_far_from_zero(triton_ops, strips):
     """Sums of squares about zero would leave nothing of the variance."""
     leaves, _, _ = case(triton_ops, 300, 5, offset=1000.0)
     moments = torch.ops.atst_fast.column_moments(leaves[0].detach(), None)
