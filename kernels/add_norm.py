@@ -11,8 +11,9 @@ Forward: one program takes ROWS rows, whole, in registers: the variance is the m
 difference of large sums. `sum` is rounded to its dtype before its moments are taken, so that backward, which reads it,
 sees the same rows. Grid ceil(rows / ROWS).
 
-Backward: PROGRAMS programs, which stay: program i takes blocks of ROWS rows i, i + PROGRAMS, ... and keeps its share of
-the three totals in registers; kernels/partial_sums.py adds up the shares. No atomics, the same bits in each run.
+Backward: as many programs as an H200 holds at a time, which stay: program i of P takes the blocks of ROWS rows i,
+i + P, ... and keeps its share of the three totals in registers; kernels/partial_sums.py adds up the shares. No atomics,
+the same bits in each run.
 
 Bytes of N elements of 2 (bfloat16): forward 8 N with a branch (x, y, sum, normed), backward 8 N, 10 N with scale
 (d_sum, d_normed, sum, dx, dy); 72,000 x 768: 442 MB, and 442 or 553 MB; some 20 float32 operations per element.
@@ -30,30 +31,36 @@ from torch import Tensor
 
 from atst_fast.kernels.partial_sums import add_up
 
-# of the persistent backward: 8 per multiprocessor of an H200
-PROGRAMS = 1056
+# the warps of a persistent grid: 24 on each multiprocessor of an H200, which leaves each thread 80 registers
+WARPS = 24 * 132
 
 
 class Config(NamedTuple):
-    """Rows that a program takes at a time, its warps, and how many blocks of rows are loaded ahead (backward)."""
+    """Rows that a program takes at a time, its warps; backward, how many blocks of rows are loaded ahead, and how many
+    programs there are."""
 
     rows: int
     num_warps: int
-    num_stages: int
+    num_stages: int = 1
+    programs: int = 0
 
 
-FORWARD_CONFIGS = tuple(Config(rows, warps, 1) for rows, warps in ((1, 1), (1, 2), (1, 4), (2, 4)))
-BACKWARD_CONFIGS = tuple(Config(*c) for c in ((1, 2, 1), (1, 4, 1), (1, 4, 2), (1, 4, 3), (2, 4, 2), (2, 8, 2)))
+FORWARD_CONFIGS = tuple(Config(rows, warps) for rows, warps in ((1, 1), (1, 2), (1, 4), (2, 4)))
+_CANDIDATES = ((1, 2, 1, 0.5), (1, 2, 2, 1), (1, 4, 1, 1), (1, 4, 2, 1), (1, 4, 2, 2), (1, 4, 3, 1), (2, 8, 2, 0.5))
+BACKWARD_CONFIGS = tuple(
+    Config(rows, warps, stages, int(part * WARPS) // warps) for rows, warps, stages, part in _CANDIDATES
+)
 
 
 def forward_config(width: int) -> Config:
     """By the width: a warp holds up to 1,024 elements, which is 16 bytes per load and 32 registers."""
-    return Config(1, min(max(triton.next_power_of_2(width) // 1024, 1), 8), 1)
+    return Config(1, min(max(triton.next_power_of_2(width) // 1024, 1), 8))
 
 
 def backward_config(width: int) -> Config:
     """By the width: 8 elements per thread, of which a thread holds six values each."""
-    return Config(1, min(max(triton.next_power_of_2(width) // 256, 1), 16), 2)
+    warps = min(max(triton.next_power_of_2(width) // 256, 1), 16)
+    return Config(1, warps, 2, WARPS // warps)
 
 
 @triton.jit
@@ -197,7 +204,7 @@ def add_norm_backward(
     dx, dy = torch.empty_like(total), total.new_empty(0) if scale is None else torch.empty_like(total)
     has = has_bias, weight is not None, has_norm_bias
     bias_at, weight_at, norm_bias_at = (sum(has[:i]) if has[i] else -1 for i in range(3))
-    programs = min(PROGRAMS, triton.cdiv(rows, config.rows))
+    programs = min(config.programs, triton.cdiv(rows, config.rows))
     parts = total.new_empty(programs, sum(has), width, dtype=torch.float32)
     if rows:
         add_norm_bwd_kernel[(programs,)](

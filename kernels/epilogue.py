@@ -7,8 +7,8 @@ Phi and phi are the normal distribution function and its density, total is over 
 which items of x have a branch, and scale is a factor per item of it; what has the factor 0, or no branch, is not read.
 
 One program takes BLOCK columns of some rows: forward ROWS of them, backward (which must add up over rows) every
-PROGRAMS-th block of ROWS rows, with its sums in registers; kernels/partial_sums.py adds up those. BLOCK divides the
-width wherever the width has a large power of 2 in it (3,072: 3 x 1,024), so that no thread idles behind a mask.
+P-th block of ROWS rows of P programs, with its sums in registers; kernels/partial_sums.py adds up those. BLOCK divides
+the width wherever the width has a large power of 2 in it (3,072: 3 x 1,024), so that no thread idles behind a mask.
 
 Grid: (row blocks x column blocks). Bytes of N elements of 2: bias_gelu 4 N forward, 6 N backward (72,000 x 3,072: 885
 MB and 1.3 GB); add_branch 6 N and 4 N.
@@ -29,22 +29,33 @@ from torch import Tensor
 
 from atst_fast.kernels.partial_sums import add_up
 
-# of the persistent backward, together with its column blocks: 8 per multiprocessor of an H200
-PROGRAMS = 1056
 MOST_COLUMNS = 1024
+# the warps of a persistent grid: 32 on each multiprocessor of an H200, which leaves each thread 64 registers
+WARPS = 32 * 132
 
 
 class Config(NamedTuple):
-    """Elements that a program takes at a time, its warps, and how many blocks are loaded ahead (backward)."""
+    """Elements that a program takes at a time, its warps; backward, how many blocks are loaded ahead, and how many
+    programs there are, all blocks of columns together."""
 
     elements: int
     num_warps: int
-    num_stages: int
+    num_stages: int = 1
+    programs: int = 0
 
 
-FORWARD_CONFIGS = tuple(Config(elements, 4, 1) for elements in (1024, 2048, 4096))
-BACKWARD_CONFIGS = tuple(Config(*c) for c in ((1024, 4, 1), (1024, 4, 2), (1024, 4, 3), (2048, 4, 2), (2048, 8, 2)))
-FORWARD, BACKWARD = Config(2048, 4, 1), Config(1024, 4, 2)
+FORWARD_CONFIGS = tuple(Config(elements, 4) for elements in (1024, 2048, 4096))
+BACKWARD_CONFIGS = tuple(
+    Config(elements, warps, stages, int(part * WARPS) // warps)
+    for elements, warps, stages, part in (
+        (1024, 4, 1, 1),
+        (1024, 4, 2, 1),
+        (1024, 4, 3, 1),
+        (2048, 4, 2, 1),
+        (2048, 8, 2, 1),
+    )
+)
+FORWARD, BACKWARD = Config(2048, 4), Config(1024, 4, 2, WARPS // 4)
 
 
 @triton.jit
@@ -54,23 +65,23 @@ def _normal(z, PRECISE: tl.constexpr):
     if PRECISE:
         b_u = 1.0 + b_size * 0.268700577
         b_t = tl.rsqrt(b_u * b_u)
-        p_b = 2.943704464e-02 * b_t - 1.309046000e-01
-        p_b = p_b * b_t + 1.814183742e-01
-        p_b = p_b * b_t - 8.011057228e-02
-        p_b = p_b * b_t + 1.145584956e-01
-        p_b = p_b * b_t + 6.953150034e-02
-        p_b = p_b * b_t + 1.018965989e-01
-        p_b = p_b * b_t + 1.069682389e-01
-        p_b = p_b * b_t + 1.072049364e-01
+        b_poly = 2.943704464e-02 * b_t - 1.309046000e-01
+        b_poly = b_poly * b_t + 1.814183742e-01
+        b_poly = b_poly * b_t - 8.011057228e-02
+        b_poly = b_poly * b_t + 1.145584956e-01
+        b_poly = b_poly * b_t + 6.953150034e-02
+        b_poly = b_poly * b_t + 1.018965989e-01
+        b_poly = b_poly * b_t + 1.069682389e-01
+        b_poly = b_poly * b_t + 1.072049364e-01
     else:
         b_u = 1.0 + b_size * 0.375
         b_t = tl.rsqrt(b_u * b_u)
-        p_b = 2.010409826e-01 - 9.098404180e-02 * b_t
-        p_b = p_b * b_t + 8.297560968e-02
-        p_b = p_b * b_t + 1.579196579e-01
-        p_b = p_b * b_t + 1.490411675e-01
+        b_poly = 2.010409826e-01 - 9.098404180e-02 * b_t
+        b_poly = b_poly * b_t + 8.297560968e-02
+        b_poly = b_poly * b_t + 1.579196579e-01
+        b_poly = b_poly * b_t + 1.490411675e-01
     b_e = tl.exp2(z * z * -0.721347520)
-    return b_e, b_e * (b_t * p_b), b_size
+    return b_e, b_e * (b_t * b_poly), b_size
 
 
 @triton.jit
@@ -184,7 +195,7 @@ class _Grid(NamedTuple):
         columns = columns_of(width)
         block_rows = max(config.elements // columns, 1)
         across = triton.cdiv(width, columns)
-        programs = min(max(PROGRAMS // across, 1), triton.cdiv(rows, block_rows))
+        programs = min(max(config.programs // across, 1), triton.cdiv(rows, block_rows))
         items = x.shape[0] if x.dim() > 1 else 1
         return cls(rows, max(rows // max(items, 1), 1), width, block_rows, columns, programs)
 

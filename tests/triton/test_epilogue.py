@@ -167,7 +167,7 @@ def test_every_configuration(triton_ops):
 def test_more_rows_than_programs(triton_ops, monkeypatch):
     from atst_fast.kernels import epilogue as kernels
 
-    monkeypatch.setattr(kernels, "PROGRAMS", 4)
+    monkeypatch.setattr(kernels, "BACKWARD", kernels.BACKWARD._replace(programs=4))
     h, grad, bias = torch.randn(50, 256), torch.randn(50, 256), torch.randn(256)
     found = gelu_of(ops.bias_gelu, h, bias, grad, triton_ops.device)
     want = gelu_of(plain_gelu, h, bias, grad, dtype=torch.float64)
@@ -190,3 +190,15 @@ def test_columns():
     assert [columns_of(n) for n in (3072, 1536, 768, 384, 4096, 128, 130, 24, 1)] == [
         1024, 512, 256, 128, 1024, 128, 256, 32, 1,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("programs, count, width", [(300, 3, 40), (1, 1, 5), (129, 2, 16)])
+def test_partial_sums(triton_ops, programs, count, width):
+    from atst_fast.kernels.partial_sums import add_up
+
+    parts = torch.randn(programs, count, width)
+    with triton_ops.poison():
+        sums = add_up(triton_ops.to(parts), torch.float32)
+    assert len(sums) == count
+    for got, terms in zip(sums, parts.double().unbind(1)):
+        assert ((got.cpu() - terms.sum(0)).abs() <= tol.ROW_SUM * terms.abs().sum(0)).all()

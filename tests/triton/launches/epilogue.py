@@ -42,7 +42,9 @@ def launches():
             for width, dtype, archs in SIZES:
                 opcodes = {} if width % 64 else WIDE
                 run = partial(call, 4 * width if call is gelu else width, dtype, backward)
-                found.append(Launch(f"{kernel} {width} {dtype}", run, opcodes=opcodes, archs=archs, only=kernel))
+                # backward, what the size of the persistent grid counts on
+                limits = {"opcodes": opcodes, "registers": 64 if backward else 255}
+                found.append(Launch(f"{kernel} {width} {dtype}", run, archs=archs, only=kernel, **limits))
             for config in kernels.BACKWARD_CONFIGS if backward else kernels.FORWARD_CONFIGS:
                 run = partial(call, 768 if call is branch else 3072, torch.bfloat16, backward, config)
                 found.append(Launch(f"{kernel} {config}", run, archs=(90,)))
