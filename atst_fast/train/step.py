@@ -43,8 +43,7 @@ def update(model: ATSTFrame, optimizer: AdamWEMA, batch: FrontEndBatch) -> Frame
     """Loss, gradients, AdamW, teacher, at the rates that the optimizer has. On a GPU nothing in it waits for the device
     or depends on values there, so that a CUDA graph can hold it."""
     optimizer.zero_grad(set_to_none=True)
-    fixed = {} if batch.capacity is None else {"capacity": batch.capacity}
-    out = model(batch.view1, batch.view2, batch.lengths, batch.mask, **fixed)
+    out = model(batch.view1, batch.view2, batch.lengths, batch.mask, capacity=batch.capacity)
     out.loss.backward()
     optimizer.step()
     return out._replace(loss=out.loss.detach())
