@@ -96,6 +96,19 @@ def frame_attention_backward(s: Size) -> Case:
     return Case(lambda c: k.frame_attention_backward(*arguments, config=c), fits, fits[0])
 
 
+def frame_attention_packed_backward(s: Size) -> Case:
+    from atst_fast.kernels import frame_attention as forward
+    from atst_fast.kernels import frame_attention_backward as k
+
+    chosen = s.selection()
+    q, kv = s.random(len(chosen.rows), s.dim), s.random(s.rows, 2 * s.dim)
+    rest = chosen.cu_seqlens_q, chosen.cu_seqlens_k, s.tokens, s.tokens, s.heads, scale(s)
+    out, lse = forward.frame_attention_packed(q, kv, *rest)
+    arguments = torch.randn_like(out), q, kv, out, lse, *rest
+    fits = k.candidates(s.dim // s.heads, s.dtype, s.tokens, arch(s))
+    return Case(lambda c: k.frame_attention_packed_backward(*arguments, config=c), fits, fits[0])
+
+
 def patch_embed(s: Size) -> Case:
     from atst_fast.kernels import patch_embed as k
 
@@ -221,6 +234,7 @@ CASES: dict[str, Callable[[Size], Case]] = {
         frame_attention,
         frame_attention_packed,
         frame_attention_backward,
+        frame_attention_packed_backward,
         patch_embed,
         patch_embed_backward,
         add_norm,
