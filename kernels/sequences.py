@@ -1,4 +1,4 @@
-"""Which rows of q and of k, v a sequence has: the padded batch and sequences laid end to end, as one kernel sees them."""
+"""Which rows of q and of k, v a sequence has, in a padded batch and laid end to end, as one kernel sees them."""
 
 import triton
 import triton.language as tl

@@ -2,8 +2,8 @@
 
 `nvcc_records` compiles a .cu file with the flags of setup.py and returns a `Record` per kernel: ptxas's registers,
 stack and spills, and how often each opcode stands in the disassembly (cuobjdump, of the CUDA toolkit or of the triton
-package). `records` makes them of what the tools print; tests/triton/compile.py gets Triton's so. `occupancy` says how
-many blocks of a kernel a multiprocessor holds.
+package). tests/triton/compile.py makes the same of Triton's kernels. `occupancy` says how many blocks of a kernel a
+multiprocessor holds.
 """
 
 import hashlib
@@ -257,21 +257,6 @@ def _short(name: str) -> str:
             break
     plain, bracket, arguments = name.partition("<")
     return plain.rpartition("::")[2] + bracket + arguments
-
-
-def ptxas_of(ptx: str) -> str:
-    """What ptxas -v says of a kernel, with that of triton's which knows this version of PTX."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-        assert target
-        for tool in filter(None, map(triton_tool, ("ptxas", "ptxas-blackwell"))):
-            command = [tool, "-v", f"-arch={target.group(1)}", str(source), "-o", f"{folder}/kernel.cubin"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if not done.returncode:
-                return done.stderr
-    raise RuntimeError(f"no ptxas of triton compiles its PTX for {target.group(1)}: {done.stderr}")
 
 
 def run(*command: str | None) -> str:

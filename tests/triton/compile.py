@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -67,26 +68,37 @@ def record(name, compiled, arch):
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        sass = static.run(static.cuobjdump(), "-sass", str(cubin))
-        (read,) = static.records(arch, static.ptxas_of(compiled.asm["ptx"]), sass)
-    read = dataclasses.replace(read, name=name, shared=compiled.metadata.shared, loops=(), sections=())
+        (code,) = (found["code"] for found in static.parse_sass(_dump(cubin, "-sass")).values())
+        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", _dump(cubin, "-res-usage")).groups()
+    spills = {"stack": int(stack), "spill_stores": code.count("STL"), "spill_loads": code.count("LDL")}
+    read = static.Record(name, arch, int(registers), **spills, shared=compiled.metadata.shared, code=code)
     return dataclasses.asdict(read) | {"threads": 32 * compiled.metadata.num_warps}
 
 
-def compile_module(module, arch):
-    launches = importlib.import_module(f"tests.triton.launches.{module}").launches()
-    done = {}
-    for launch in launches:
-        if arch in launch.archs:
-            done[launch.name] = [record(name, compiled, arch) for name, compiled in kernels_of(launch.call, arch)]
-    return done
+def _dump(cubin, what):
+    return static.run(static.cuobjdump(), what, str(cubin))
 
 
-def compiled(module, arch):
+def wanted(module, arch, candidates):
+    """The launches of a module for an architecture: those that are made, or what else `benchmarks.gpu.tune` tries."""
+    found = importlib.import_module(f"tests.triton.launches.{module}").launches()
+    assert len({launch.name for launch in found}) == len(found), f"{module}: two launches of one name"
+    return {launch.name: launch for launch in found if arch in launch.archs and launch.candidate == candidates}
+
+
+def compile_module(module, arch, candidates):
+    return {
+        name: [record(kernel, compiled, arch) for kernel, compiled in kernels_of(launch.call, arch)]
+        for name, launch in wanted(module, arch, candidates).items()
+    }
+
+
+def compiled(module, arch, candidates=False):
     """Per launch of a module, the records of its kernels and their threads, from the cache or a new process."""
-    path = CACHE / f"{module}-sm_{arch}-{_fingerprint(module)}.json"
+    path = CACHE / f"{module}{'-candidates' * candidates}-sm_{arch}-{_fingerprint(module)}.json"
     if not path.exists():
         command = [sys.executable, "-m", "tests.triton.compile", module, str(arch), str(path)]
+        command += ["--candidates"] * candidates
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment |= {"TRITON_CACHE_DIR": str(CACHE / "cache"), "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(command, cwd=static.ROOT, env=environment, capture_output=True, text=True)
@@ -117,8 +129,9 @@ def main():
     parser.add_argument("module")
     parser.add_argument("arch", type=int)
     parser.add_argument("path", type=Path, nargs="?")
+    parser.add_argument("--candidates", action="store_true", help="configurations that are not in use")
     arguments = parser.parse_args()
-    done = compile_module(arguments.module, arguments.arch)
+    done = compile_module(arguments.module, arguments.arch, arguments.candidates)
     if arguments.path is None:
         for name, kernels in done.items():
             for kernel in kernels:
@@ -126,7 +139,7 @@ def main():
                 print(name, summary)
         return
     arguments.path.parent.mkdir(parents=True, exist_ok=True)
-    for old in arguments.path.parent.glob(f"{arguments.module}-sm_{arguments.arch}-*.json"):
+    for old in arguments.path.parent.glob(f"{arguments.path.name.rpartition('-')[0]}-*.json"):
         old.unlink(missing_ok=True)
     temporary = arguments.path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(done))

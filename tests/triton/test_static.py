@@ -1,6 +1,9 @@
 """The Triton kernels' machine code for each architecture: no spills, tensor cores by name, shared memory that fits."""
 
 import ast
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,17 +16,17 @@ if static.cuobjdump() is None:
     pytest.skip("needs cuobjdump", allow_module_level=True)
 
 from tests.triton import launches
-from tests.triton.compile import compiled
+from tests.triton.compile import compiled, wanted
 
 MODULES = sorted(p.stem for p in Path(launches.__file__).parent.glob("[!_]*.py"))
 MOST_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of one block: what a multiprocessor has, less 1 KB
 
 
-def named(module):
-    found = __import__(f"tests.triton.launches.{module}", fromlist=["launches"]).launches()
-    by_name = {launch.name: launch for launch in found}
-    assert len(by_name) == len(found), f"{module}: two launches of one name"
-    return by_name
+@pytest.fixture(scope="module")
+def compilers():
+    """As many at a time as there are cores: module, architecture and whether of candidates -> future."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield cache(lambda *which: pool.submit(compiled, *which))
 
 
 def complaints(launch, arch, record, threads):
@@ -45,12 +48,14 @@ def complaints(launch, arch, record, threads):
                 yield f"{n} {opcode}"
 
 
+@pytest.mark.parametrize("candidates", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("arch", static.ARCHS)
 @pytest.mark.parametrize("module", MODULES)
-def test_machine_code(module, arch):
-    by_name, found = named(module), compiled(module, arch)
-    assert set(found) == {name for name, launch in by_name.items() if arch in launch.archs}
-    wrong = []
+def test_machine_code(module, arch, candidates, compilers):
+    for other in MODULES:  # all of them are begun with the first that is asked for
+        compilers(other, arch, candidates)
+    found, by_name, wrong = compilers(module, arch, candidates).result(), wanted(module, arch, candidates), []
+    assert set(found) == set(by_name)
     for name, kernels in found.items():
         assert kernels, f"{name} launches nothing"
         for record, threads in kernels:

@@ -20,7 +20,8 @@ class Launch:
     Of every kernel that it launches, for each architecture: ``products``, the opcode of its matrix products, if it has
     any; ``opcodes``, how many instructions of a kind there must be (least, most; see tests/cuda/static.py);
     ``registers`` at most; ``archs`` that it is for. ``only``: hold only the kernel of that name to ``products`` and
-    ``opcodes``. No kernel may spill, whatever it says here.
+    ``opcodes``. No kernel may spill, whatever it says here. ``candidate``: a configuration that no launch is made with
+    but `benchmarks.gpu.tune` tries; they take long to compile, so that `make test-all` alone does it.
     """
 
     name: str
@@ -30,3 +31,4 @@ class Launch:
     registers: int = 255
     archs: tuple[int, ...] = (80, 90, 100)
     only: str | None = None
+    candidate: bool = False
