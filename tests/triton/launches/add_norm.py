@@ -47,7 +47,9 @@ def launches():
             run = partial(call, 768, torch.bfloat16, **kind, **option)
             found.append(Launch(f"{'backward' if option else 'forward'} {kind}", run, archs=(90,)))
     for config in kernels.FORWARD_CONFIGS:
-        found.append(Launch(f"forward {config}", partial(call, 768, torch.bfloat16, forward=config), archs=(90,)))
+        run = partial(call, 768, torch.bfloat16, forward=config)
+        found.append(Launch(f"forward {config}", run, archs=(90,), candidate=True))
     for config in kernels.BACKWARD_CONFIGS:
-        found.append(Launch(f"backward {config}", partial(call, 768, torch.bfloat16, backward=config), archs=(90,)))
+        run = partial(call, 768, torch.bfloat16, backward=config)
+        found.append(Launch(f"backward {config}", run, archs=(90,), candidate=True))
     return found

@@ -22,14 +22,15 @@ def run(config, dtype, parameters, counted):
     kernels.batch_norm_relu_input_grad(grad, x, moments, sums, *rest, config=config)
 
 
-def launch(name, *arguments):
-    return Launch(name, lambda: run(*arguments), opcodes=WIDE, registers=128)
+def launch(name, config, *arguments):
+    candidate = config is not None
+    return Launch(name, lambda: run(config, *arguments), opcodes=WIDE, registers=128, candidate=candidate)
 
 
 def launches():
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     found = [launch(f"bf16 {config}", config, bf16, bf16, True) for config in kernels.CONFIGS]
-    for dtype, parameters, counted in ((fp32, fp32, True), (fp16, fp32, True), (bf16, fp32, False)):
+    for dtype, parameters, counted in ((bf16, bf16, True), (fp32, fp32, True), (fp16, fp32, True), (bf16, fp32, False)):
         name = f"{dtype}, parameters {parameters}, {'padded' if counted else 'full'}"
         found.append(launch(name, None, dtype, parameters, counted))
     return found

@@ -47,7 +47,7 @@ def launches():
                 found.append(Launch(f"{kernel} {width} {dtype}", run, archs=archs, only=kernel, **limits))
             for config in kernels.BACKWARD_CONFIGS if backward else kernels.FORWARD_CONFIGS:
                 run = partial(call, 768 if call is branch else 3072, torch.bfloat16, backward, config)
-                found.append(Launch(f"{kernel} {config}", run, archs=(90,)))
+                found.append(Launch(f"{kernel} {config}", run, archs=(90,), candidate=True))
             if call is branch:
                 run = partial(call, 768, torch.bfloat16, backward, kept=True)
                 found.append(Launch(f"{kernel} kept", run, archs=(90,)))

@@ -1,5 +1,7 @@
 """The loss at the width of the heads' output, 256: every configuration in bfloat16, the chosen one in all dtypes."""
 
+from functools import partial
+
 import torch
 
 from atst_fast.kernels import frame_loss as kernels
@@ -18,12 +20,18 @@ def run(config, dtype, symmetric, counted, dim):
 
 
 def launch(name, config, dtype, symmetric=True, counted=True, dim=DIM, opcodes=WIDE):
-    return Launch(name, lambda: run(config, dtype, symmetric, counted, dim), opcodes=opcodes, registers=128)
+    candidate = config is not None
+    call = partial(run, config, dtype, symmetric, counted, dim)
+    return Launch(name, call, opcodes=opcodes, registers=128, candidate=candidate)
 
 
 def launches():
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     found = [launch(f"bf16 {config}", config, bf16) for config in kernels.CONFIGS]
-    found += [launch("fp32", None, fp32), launch("fp16, one view", None, fp16, symmetric=False)]
+    found += [
+        launch("bf16", None, bf16),
+        launch("fp32", None, fp32),
+        launch("fp16, one view", None, fp16, symmetric=False),
+    ]
     found += [launch("bf16, full", None, bf16, counted=False)]
     return [*found, launch("bf16, 1000 columns", None, bf16, dim=1000, opcodes={})]
