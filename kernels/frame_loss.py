@@ -9,8 +9,8 @@ row is the partner of one row, so the teacher's sums need no pass of their own, 
 rows at hand anyway, takes the lengths anew in place of reading them.
 
 One program works on a strip of rows, ROWS at a time, whole rows in registers (a warp has a row of 256). Bytes, with b =
-bytes of a value: 2 R D b read forward; 2 R D b read and R D b written backward. 72,000 x 256 in bfloat16 are 37 MB: at
-4.3 TB/s 17 and 26 us are the floor. Some 16 operations per pair of values.
+bytes of a value: 2 R D b read forward; 2 R D b read and R D b written backward. 36,000 x 256 in bfloat16 are 18 MB: at
+4.3 TB/s 9 and 13 us are the floor. Some 16 operations per pair of values.
 
 Numbers: float32 between load and store. Sums are added per place of the tile, then over the tile, then over strips,
 always in this order, without atomics; strips are cut from R alone.
