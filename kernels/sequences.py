@@ -1,7 +1,30 @@
-"""Which rows of q and of k, v a sequence has, in a padded batch and laid end to end, as one kernel sees them."""
+"""The rows of a sequence in q and in k, v: of a padded batch and of sequences laid end to end, in one form."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+def padded(head_dim: int) -> int:
+    """The columns of a tile: a power of two that the tensor cores take."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def input_precision() -> str:
+    """What a product of float32 tiles may be rounded to, as torch's own products: tl.dot's input_precision."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def architecture() -> int:
+    """What Triton compiles for, 90 for compute capability 9.0; the interpreter counts as one."""
+    return 90 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``[B, L, W]`` as ``[B*L, W]``, for rows of one stride whatever an axis of one element says of its own."""
+    batch, tokens, width = x.shape
+    return x.as_strided((batch * tokens, width), (x.stride(1) if tokens > 1 else x.stride(0), 1))
 
 
 @triton.jit
@@ -52,7 +75,7 @@ def load_rows(p, row, rows, stride, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     at and past ``rows`` and past HEAD_DIM."""
     o_row = tl.arange(0, BLOCK)
     o_d = tl.arange(0, BLOCK_D)
-    p_tile = p + row.to(tl.int64) * stride + (o_row.to(tl.int64)[:, None] * stride + o_d[None, :])
+    p_tile = p + tl.cast(row, tl.int64) * stride + (o_row[:, None] * stride + o_d[None, :])
     mask = (row + o_row < rows)[:, None]
     if BLOCK_D != HEAD_DIM:
         mask = mask & (o_d < HEAD_DIM)[None, :]
@@ -64,7 +87,7 @@ def store_rows(p, values, row, rows, stride, BLOCK: tl.constexpr, HEAD_DIM: tl.c
     """The same places written, in the type of what ``p`` points to."""
     o_row = tl.arange(0, BLOCK)
     o_d = tl.arange(0, BLOCK_D)
-    p_tile = p + row.to(tl.int64) * stride + (o_row.to(tl.int64)[:, None] * stride + o_d[None, :])
+    p_tile = p + tl.cast(row, tl.int64) * stride + (o_row[:, None] * stride + o_d[None, :])
     mask = (row + o_row < rows)[:, None]
     if BLOCK_D != HEAD_DIM:
         mask = mask & (o_d < HEAD_DIM)[None, :]

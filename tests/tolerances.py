@@ -36,6 +36,8 @@ ATTENTION_FORWARD = 2e-6
 ATTENTION_GRADIENT = 1e-5
 # Scores near 5,000 carry an error of 2^-12, and so do the weights.
 ATTENTION_LARGE = 1e-3
+# Natural logarithm of the sum of up to 300 exponentials: about 6, a few roundings of scores of up to 5.
+ATTENTION_LOG_SUM = 2e-6
 
 # epilogue
 # GELU: the polynomial, the exponential and its argument are a few roundings; torch's own float32 GELU has 4e-7. Its

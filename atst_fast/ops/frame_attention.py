@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from atst_fast.ops import _checks
-from atst_fast.ops._registry import differentiable_once, register
+from atst_fast.ops._registry import differentiable_once, register, takes_halves
 from atst_fast.reference import frame_attention as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -25,9 +25,11 @@ def frame_attention(
 
     Args:
         qkv: ``[B, L, 3*H*Dh]`` as the linear layer leaves it (queries, keys, values; heads within each), any row
-            stride. float32, bfloat16 or float16 (computed in float32); float64 runs the PyTorch reference.
+            stride. float32, bfloat16 or float16; float64 runs the PyTorch reference. Scores, softmax and sums are
+            float32; a GPU multiplies halves as they are, and float32 as torch.set_float32_matmul_precision says.
         num_heads: H, dividing the width; Dh at most 256.
         lengths: int64 or int32 ``[B]``, valid tokens from 0 to L, or None for all. Keys at or past it are never read.
+            On a GPU nothing waits to look at them: a clip of an impossible length is NaN.
         scale: of the scores, by default ``Dh ** -0.5``.
         padded_queries: "zero": rows at or past the length are zero and cost nothing. "attend": they attend to the
             valid keys, as with audiossl's additive mask of -10000 on the keys.
@@ -35,12 +37,13 @@ def frame_attention(
     Returns:
         ``[B, L, H*Dh]`` in the dtype of qkv; a clip of length 0 gives zeros (audiossl: an average over the padding).
 
-    Differentiable in qkv; the backward keeps one float per row and head and is deterministic; the bits do not depend on
-    the number of threads. Largest error against float64, float32 input of unit variance: 2e-6 forward; gradients 1e-5
-    of the largest one. Matches audiossl/modules/transformer.py (Attention).
+    Differentiable in qkv; the backward keeps one float per row and head. Deterministic, forward and backward, with
+    nothing to ask for: the bits depend neither on the number of threads nor on the other clips. Largest error against
+    float64, float32 input of unit variance: 2e-6 forward; gradients 1e-5 of the largest one; bfloat16 and float16: at
+    most twice that of plain PyTorch in the same dtype. Matches audiossl/modules/transformer.py (Attention).
 
     Raises:
-        TypeError: another dtype. ValueError: a shape, length, head count or mode that does not fit.
+        TypeError: another dtype. ValueError: a shape, length, head count, head dimension or mode that does not fit.
     """
     op = "frame_attention"
     _checks.tensor(op, "qkv", qkv, "[B, L, 3*H*Dh] (clips, tokens, width)", dim=3, dtypes=_DTYPES)
@@ -52,7 +55,7 @@ def frame_attention(
     args = (lengths, num_heads, _scale(op, scale, head_dim), padded_queries == "attend")
     if qkv.dtype == torch.float64:
         return reference.frame_attention(qkv, *args)[0]
-    out, _ = torch.ops.atst_fast.frame_attention(_rows(qkv.float()), *args)
+    out, _ = torch.ops.atst_fast.frame_attention(_rows(_native(qkv)), *args)
     return out.to(qkv.dtype)
 
 
@@ -75,7 +78,8 @@ def frame_attention_packed(
             rows ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``. A sequence without keys gives zeros, and so do the rows
             past the last offset, which belong to no sequence.
         max_seqlen_q, max_seqlen_k: at least the queries and keys of the longest sequence, by default Mq and Mk. They
-            size what a GPU launches, which never waits to read the offsets; the numbers do not depend on them.
+            size what a GPU launches, which never waits to read the offsets; the numbers do not depend on them, unless
+            they are too small: then they may be NaN.
         num_heads, scale: as in `frame_attention`; dtypes, errors and accuracy too.
 
     Returns ``[Mq, H*Dh]``. Differentiable in q and kv.
@@ -95,8 +99,12 @@ def frame_attention_packed(
     args = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads, _scale(op, scale, head_dim))
     if q.dtype == torch.float64:
         return reference.frame_attention_packed(q, kv, *args)[0]
-    out, _ = torch.ops.atst_fast.frame_attention_packed(_rows(q.float()), _rows(kv.float()), *args)
+    out, _ = torch.ops.atst_fast.frame_attention_packed(_rows(_native(q)), _rows(_native(kv)), *args)
     return out.to(q.dtype)
+
+
+def _native(x: Tensor) -> Tensor:
+    return x if takes_halves(x) else x.float()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -161,9 +169,9 @@ def _check_longest(op: str, name: str, longest: int | None, offsets: Tensor, row
     return longest
 
 
-register("frame_attention", CUDA=reference.frame_attention)
+register("frame_attention", triton="frame_attention", CUDA=reference.frame_attention)
 register("frame_attention_backward", CUDA=reference.frame_attention_backward)
-register("frame_attention_packed", CUDA=reference.frame_attention_packed)
+register("frame_attention_packed", triton="frame_attention", CUDA=reference.frame_attention_packed)
 register("frame_attention_packed_backward", CUDA=reference.frame_attention_packed_backward)
 
 

@@ -25,7 +25,7 @@ def frame_attention(
     lse = torch.logsumexp(scores.masked_fill(dead, float("-inf")), -1)
     weights = torch.softmax(scores.masked_fill(dead, 0.0), -1)
     out = (weights @ v).masked_fill(dead, 0.0)
-    return out.transpose(1, 2).flatten(2), lse.transpose(0, 1).flatten(1)
+    return out.transpose(1, 2).flatten(2), _wide(lse.transpose(0, 1).flatten(1))
 
 
 def frame_attention_packed(
@@ -51,7 +51,7 @@ def frame_attention_packed(
     rest = q[starts_q[-1] :]
     out.append(torch.zeros_like(rest))
     lse.append(rest.new_full((num_heads, rest.shape[0]), float("-inf")))
-    return torch.cat(out), torch.cat(lse, 1)
+    return torch.cat(out), _wide(torch.cat(lse, 1))
 
 
 def frame_attention_backward(grad, qkv, out, lse, lengths, num_heads, scale, attend_padded) -> Tensor:
@@ -67,6 +67,11 @@ def frame_attention_packed_backward(
     args = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, num_heads, scale)
     grad_q, grad_kv = _vjp(lambda a, b: frame_attention_packed(a, b, *args)[0], grad, q, kv)
     return grad_q, grad_kv
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _vjp(function, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
