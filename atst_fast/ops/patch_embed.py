@@ -1,12 +1,10 @@
 """Spectrogram to tokens: patches, linear layer, mask token and position in one operator."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from atst_fast.ops import _checks
-from atst_fast.ops._registry import differentiable_once, register
+from atst_fast.ops._registry import differentiable_once, register, takes_halves
 from atst_fast.reference import patch_embed as reference
 
 _OP = "patch_embed"
@@ -27,15 +25,18 @@ def patch_embed(
     """Patches of ``mel`` through a linear layer, masked tokens replaced, positions added; masked ones cost no product.
 
     Args:
-        mel: ``[B, 1, F, T]``, float32, bfloat16 or float16 (computed in float32); float64 runs the PyTorch reference.
-        weight: ``[D, ph*pw]``, a patch flattened with its mel bins outside and its frames inside. bias: ``[D]``.
+        mel: ``[B, 1, F, T]`` of any dtype and strides.
+        weight: ``[D, ph*pw]``, a patch flattened with its mel bins outside and its frames inside; float32, bfloat16 or
+            float16. On a CPU they are computed with in float32; on a GPU the patches are rounded to the weight's dtype
+            and all sums are float32 (TF32 products if ``torch.get_float32_matmul_precision()`` allows them). float64
+            runs the PyTorch reference. bias: ``[D]``.
         patch: (ph, pw) mel bins and frames. stride: by default the same; less overlaps. What does not fill a patch
             at the end of either axis is cut off.
         mask: bool ``[B, L]``; True replaces the token by ``mask_embed`` (any shape of D values).
         pos_embed: ``[L', D]`` or ``[1, L', D]`` with L' >= L; its first L rows are added, to masked tokens too.
 
     Returns:
-        ``[B, L, D]`` in the dtype of mel; L = rows x columns, token ``column * rows + row`` (with one row, token t
+        ``[B, L, D]`` in the dtype of weight; L = rows x columns, token ``column * rows + row`` (with one row, token t
         starts at frame ``t * pw``). L is 0 if mel is shorter than a patch.
 
     Differentiable in mel, weight, bias, mask_embed and pos_embed; deterministic. Largest error against float64, input
@@ -69,17 +70,18 @@ def patch_embed(
     _checks.same_device(
         _OP, "mel", mel, weight=weight, bias=bias, mask=mask, mask_embed=mask_embed, pos_embed=pos_embed
     )
-    if mel.dtype == torch.float64:
-        return reference.patch_embed(mel, weight, bias, mask, mask_embed, pos_embed, patch, stride)
-    mel32, weight, bias, mask_embed, pos_embed = map(_float, (mel, weight, bias, mask_embed, pos_embed))
+    native = takes_halves(mel) or weight.dtype == torch.float64
+    dtype = weight.dtype if native else torch.float32
+    parameters = (weight, bias, mask_embed, pos_embed)
+    weight, bias, mask_embed, pos_embed = (None if x is None else x.to(dtype).contiguous() for x in parameters)
+    if dtype == torch.float64:
+        return reference.patch_embed(mel.double(), weight, bias, mask, mask_embed, pos_embed, patch, stride)
+    if not native or mel.dtype == torch.float64:
+        mel = mel.float().contiguous()
     mask = None if mask is None else mask.contiguous()
     with torch.autocast(mel.device.type, enabled=False):  # the operator calls a matrix product of torch
-        out = torch.ops.atst_fast.patch_embed(mel32, weight, bias, mask, mask_embed, pos_embed, patch, stride)
-    return out.to(mel.dtype)
-
-
-def _float(x: Any) -> Any:
-    return None if x is None else x.float().contiguous()
+        out = torch.ops.atst_fast.patch_embed(mel, weight, bias, mask, mask_embed, pos_embed, patch, stride)
+    return out.to(parameters[0].dtype)
 
 
 def _pair(name: str, value) -> tuple[int, int]:
@@ -119,31 +121,42 @@ def _reference_backward(grad, mel, weight, mask, pos_rows, needs_mel, patch, str
     """Gradients of weight, bias, mask_embed, pos_embed and mel through the reference."""
     width = weight.shape[0]
     tokens = grad.shape[1]
-    inputs = (mel, weight, grad.new_zeros(width), grad.new_zeros(width), grad.new_zeros(max(pos_rows, tokens), width))
+    inputs = (
+        mel.to(weight.dtype),
+        weight,
+        grad.new_zeros(width),
+        grad.new_zeros(width),
+        grad.new_zeros(max(pos_rows, tokens), width),
+    )
 
     def run(m, w, b, e, p):
         return reference.patch_embed(m, w, b, mask, e, p, patch, stride)
 
     dmel, dweight, dbias, dmask_embed, dpos = torch.func.vjp(run, *inputs)[1](grad)
     empty = grad.new_empty(0)
-    return dweight, dbias, dmask_embed, dpos if pos_rows else empty, dmel if needs_mel else empty
+    dmel = dmel.to(mel.dtype) if needs_mel else mel.new_empty(0)
+    return dweight, dbias, dmask_embed, dpos if pos_rows else empty, dmel
 
 
-register(_OP, CUDA=reference.patch_embed)
-register("patch_embed_backward", CUDA=_reference_backward)
+def _reference_forward(mel, weight, *others):
+    return reference.patch_embed(mel.to(weight.dtype), weight, *others)
+
+
+register(_OP, CUDA=_reference_forward, triton=_OP)
+register("patch_embed_backward", CUDA=_reference_backward, triton="patch_embed_backward")
 
 
 @torch.library.register_fake("atst_fast::patch_embed")
 def _(mel, weight, bias, mask, mask_embed, pos_embed, patch, stride):
     tokens = _count(mel.shape[2], patch[0], stride[0]) * _count(mel.shape[3], patch[1], stride[1])
-    return mel.new_empty(mel.shape[0], tokens, weight.shape[0])
+    return weight.new_empty(mel.shape[0], tokens, weight.shape[0])
 
 
 @torch.library.register_fake("atst_fast::patch_embed_backward")
 def _(grad, mel, weight, mask, pos_rows, needs_mel, patch, stride):
     width = weight.shape[0]
     dpos = grad.new_empty(pos_rows, width) if pos_rows else grad.new_empty(0)
-    dmel = mel.new_empty(mel.shape) if needs_mel else grad.new_empty(0)
+    dmel = mel.new_empty(mel.shape) if needs_mel else mel.new_empty(0)
     return weight.new_empty(weight.shape), grad.new_empty(width), grad.new_empty(width), dpos, dmel
 
 
