@@ -12,6 +12,7 @@ Numbers: mel is rounded to the weight's type, the product and what is added to i
 weights: as torch's float32 products, in float32 or TF32.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
@@ -43,7 +44,7 @@ PIECES_CONFIGS = (Config(64, 64, 32, 8, 2), Config(32, 64, 64, 8, 2))
 FULL_CONFIGS = (Config(32, 64, 32, 8, 2),)
 
 
-def choose(weight: Tensor, patch: list[int]) -> Config:
+def choose(weight: Tensor, patch: Sequence[int] = (64, 4)) -> Config:
     """By dtype, and by whether a patch is read as one."""
     if weight.element_size() == 4:
         return FULL_CONFIGS[0]

@@ -17,6 +17,7 @@ from benchmarks.gpu import (
     bench_epilogue,
     bench_heads,
     bench_log_mel,
+    bench_patch_embed,
     bench_step,
     conftest,
     timing,
@@ -131,6 +132,22 @@ def test_cases_of_a_block_compute_one_thing(way):
             torch.manual_seed(0)  # of the gradients that are sent
             results.append(make(providers[name], name, way, inputs)())
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_patch_embed_cases_compute_one_thing(masked):
+    torch.manual_seed(0)
+    arguments = bench_patch_embed.make("tiny", masked, "cpu")
+    ours = bench_patch_embed.ours(*arguments)
+    for peer in (bench_patch_embed.windows, bench_patch_embed.convolution):
+        theirs = peer(*arguments)
+        assert theirs.dtype == ours.dtype
+        assert (theirs - ours).abs().max() <= tolerances.BF16_RTOL * ours.abs().max()
+    base = bench_patch_embed.work("base", masked, False)
+    assert base["bytes"] == pytest.approx(148e6 if masked else 185e6, rel=0.01)
+    x, select = bench_patch_embed.make_rows("tiny", "cpu")
+    assert (len(x), x.shape[1]) == (20, 48)
+    assert 0 < int(select.count) <= len(select.rows)
 
 
 def test_teacher_updates_compute_one_thing():
