@@ -39,15 +39,16 @@ CONFIGS = (
     Config(64, 128, 256, 8, 2),
     Config(128, 64, 256, 8, 1),
 )
-# for patches that are read in pieces, and for float32
-PIECES_CONFIGS = (Config(64, 64, 32, 8, 2), Config(32, 64, 64, 8, 2))
+# for patches that are read in pieces; for float32 products of full precision, and in TF32
+PIECES_CONFIGS = (Config(64, 64, 32, 8, 2),)
 FULL_CONFIGS = (Config(32, 64, 32, 8, 2),)
+TF32_CONFIGS = (Config(64, 64, 32, 8, 2),)
 
 
 def choose(weight: Tensor, patch: Sequence[int] = (64, 4)) -> Config:
-    """By dtype, and by whether a patch is read as one."""
+    """By the products' precision, and by whether a patch is read as one."""
     if weight.element_size() == 4:
-        return FULL_CONFIGS[0]
+        return FULL_CONFIGS[0] if precision() == "ieee" else TF32_CONFIGS[0]
     whole = patch[0] * triton.next_power_of_2(patch[1]) <= CONFIGS[0].block_k
     return CONFIGS[0] if whole else PIECES_CONFIGS[0]
 

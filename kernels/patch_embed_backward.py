@@ -50,7 +50,7 @@ FULL_CONFIGS = (Config(32, 64, 64, 528, 8, 2),)
 
 # tokens, columns, programs and warps of the sums; values and warps of the last addition
 _SUMS = (16, 256, 512, 4)
-_ADD = (1024, 4)
+_ADD = (512, 4)
 
 
 def choose(weight: Tensor) -> Config:

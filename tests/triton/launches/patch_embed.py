@@ -41,9 +41,8 @@ def launch(dtype, config, masked=True, patch=(64, 4), width=768, precision="high
 
 def launches():
     made = [launch(torch.bfloat16, config) for config in patch_embed.CONFIGS]
-    made += [
-        launch(torch.float32, config, precision=p) for config in patch_embed.FULL_CONFIGS for p in ("highest", "high")
-    ]
+    made += [launch(torch.float32, config) for config in patch_embed.FULL_CONFIGS]
+    made += [launch(torch.float32, config, precision="high") for config in patch_embed.TF32_CONFIGS]
     made += [launch(torch.bfloat16, config, patch=(64, 5)) for config in patch_embed.PIECES_CONFIGS]
     first = patch_embed.CONFIGS[0]
     return [*made, launch(torch.float16, first, False, width=384), launch(torch.bfloat16, first, patch=(16, 16))]
