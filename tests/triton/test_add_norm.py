@@ -78,8 +78,7 @@ def test_float32(triton_ops, shape, kind):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("shape", [(3, 5, 24), (4, 9, 384)])
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shape, scaled", [((3, 5, 24), True), ((3, 3, 200), False)])
 def test_halves(triton_ops, dtype, shape, scaled):
     given = problem(*shape, dtype, scaled=scaled)
     grads = torch.randn(2, *shape).to(dtype)
@@ -154,9 +153,8 @@ def test_more_rows_than_programs(triton_ops, monkeypatch):
     assert all(torch.equal(t, again[name]) for name, t in found.items())
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_opcheck(triton_ops, scaled):
-    given = leaves(problem(3, 4, 24, scaled=scaled), triton_ops.device)
+def test_opcheck(triton_ops):
+    given = leaves(problem(2, 2, 24), triton_ops.device)
     args = [given.get(n) for n in ("x", "y", "bias", "scale", "weight", "norm_bias")]
     torch.library.opcheck(torch.ops.atst_fast.add_norm, (*args, 1e-6))
     detached = [None if t is None else t.detach() for t in args]
@@ -178,13 +176,13 @@ def test_compile(triton_ops):
 
 
 def test_the_reference_has_these_gradients():
-    given = leaves(problem(3, 4, 6, torch.float64), "cpu")
+    given = leaves(problem(2, 2, 4, torch.float64), "cpu")
     order = ("x", "y", "bias", "scale", "weight", "norm_bias")
     inputs = [given[n] for n in order]
     differentiable = lambda *a: reference.add_norm(*a, 1e-3)[:2]  # noqa: E731
     assert torch.autograd.gradcheck(differentiable, inputs)
     total, normed, mean, rstd = reference.add_norm(*inputs, 1e-3)
-    grads = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    grads = torch.randn(2, 2, 2, 4, dtype=torch.float64)
     want = torch.autograd.grad((total, normed), [t for n, t in given.items() if n != "scale"], grads.unbind())
     got = reference.add_norm_backward(
         *grads, total.detach(), mean.detach(), rstd.detach(), given["scale"], given["weight"], True, True
