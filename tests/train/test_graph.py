@@ -50,7 +50,7 @@ def assert_same_state(one, other):
         assert torch.equal(value, theirs[key]), key
 
 
-@pytest.mark.parametrize("precision", ["float32"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_replays_are_the_plain_steps_bit_for_bit(precision):
     plain = tiny.stepper(precision)
     expected, rng = tiny.curve(plain, 7, first=20), torch.get_rng_state()
@@ -115,7 +115,7 @@ def test_the_generator_of_the_views_is_registered():
 
 def test_no_gradients_are_held_while_others_are_recorded():
     double = Double()
-    step = tiny.stepper(graph=double)
+    step = tiny.stepper("bf16", graph=double)
     tiny.curve(step, WARM_UP)
     record = double.record
 

@@ -316,6 +316,22 @@ def test_resume_never_and_from_a_path(whole, config, capsys):
         pretrain.pretrain(but(config, resume="nowhere"))
 
 
+def test_bf16_goes_on_bit_for_bit_and_saves_float32(config, monkeypatch, tmp_path):
+    config = but(config, precision="bf16")
+    once = but(config, out=tmp_path / "once")
+    assert pretrain.pretrain(once) == 0
+    with monkeypatch.context() as m:
+        interrupt_after(m, 4, lambda _: signal.raise_signal(signal.SIGTERM))
+        assert pretrain.pretrain(config) == 143
+    for other in ("auto", "float32"):
+        with pytest.raises(UserError, match="precision: 'float32' now, 'bf16' before"):
+            pretrain.pretrain(but(config, precision=other))
+    assert pretrain.pretrain(but(config, graph=False)) == 0
+    assert_same_run(once, config)
+    weights, _ = final(config)
+    assert {w.dtype for w in weights.values()} == {torch.float32, torch.int64}
+
+
 def test_a_run_from_before_there_were_precisions_goes_on(config, whole):
     assert pretrain.pretrain(but(config, steps=STEPS, save_every=8)) == 0
     ninth = checkpoint.checkpoints(config.out)[0]

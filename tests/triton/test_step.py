@@ -18,9 +18,8 @@ def _few_programs(triton_ops, monkeypatch):
     if triton_ops.device == "cpu":
         from atst_fast.kernels import add_norm
 
-        monkeypatch.setattr(add_norm, "PROGRAMS", 4)
         for name in ("forward_config", "backward_config"):
-            monkeypatch.setattr(add_norm, name, lambda width: add_norm.Config(16, 4, 1))
+            monkeypatch.setattr(add_norm, name, lambda width: add_norm.Config(16, 4, 1, 4))
 
 
 def batch_of(t, prefix, device):
