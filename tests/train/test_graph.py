@@ -1,7 +1,11 @@
 """What surrounds a CUDA graph of the step, with a double in its place that only records what to do."""
 
+import contextlib
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from atst_fast.optim import AdamWEMA
 from atst_fast.train.graph import WARM_UP
@@ -144,3 +148,30 @@ def test_parts_are_watched_but_not_while_they_are_recorded():
     step.watch = Watch
     tiny.curve(step, WARM_UP + 2)
     assert seen == ["front end", "step"] * WARM_UP + ["step"] * 2
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Refuses every tensor that lies on the CPU: to a GPU it would be copied from memory that is not pinned."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+        assert devices <= {"meta"}, f"{func} on {devices}"
+        return out
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_networks_take_no_tensor_of_the_host(monkeypatch, precision):
+    """On meta tensors, which are no more on the CPU than those of a GPU, and have no values to be read."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know meta
+    batch = tiny.stepper(fixed_size=True).front_end(tiny.clips(0))
+    *batch, capacity = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in batch]
+    model = tiny.stepper(precision, device="meta").trainee.working
+    with NothingFromTheHost():
+        out = model(*batch, capacity=capacity)
+        out.loss.backward()
+    assert [x.dtype for x in out] == [torch.float32] * 3
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert {p.grad.dtype for p in model.student.parameters()} == {dtype}
+    with pytest.raises(AssertionError, match="cpu"), NothingFromTheHost():
+        torch.ones(3).to("meta")
