@@ -55,6 +55,27 @@ def test_float32_and_gradients_against_float64(triton_ops, clips, bins, frames, 
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("block_k", [32, 256])
+@pytest.mark.parametrize("patch", [(64, 4), (16, 3)])
+def test_small_blocks_and_few_programs(triton_ops, monkeypatch, block_k, patch, masked):
+    """Several blocks of columns, rows, clips and values to a program, as at the sizes of a training."""
+    forward = pytest.importorskip("atst_fast.kernels.patch_embed")
+    backward = pytest.importorskip("atst_fast.kernels.patch_embed_backward")
+    monkeypatch.setattr(forward, "choose", lambda weight, patch: forward.Config(16, 16, block_k, 4, 2))
+    monkeypatch.setattr(backward, "choose", lambda weight: backward.Config(16, 16, block_k, 1, 4, 2))
+    monkeypatch.setattr(backward, "_SUMS", (4, 16, 18, 4))
+    named, mask, tokens = problem(5, 64, 23, patch, None, 40, masked)
+    grad = torch.randn(5, tokens, 40)
+    z, right, sizes = in_float64(named, mask, patch, patch, grad)
+    device_mask = None if mask is None else triton_ops.to(mask)
+    with triton_ops.poison():
+        y, mine = gradients(on(triton_ops, named), device_mask, patch, patch, triton_ops.to(grad))
+    assert_near(y, z)
+    for k in named:
+        assert ((mine[k] - right[k]).abs() <= tol.ROW_SUM * sizes[k]).all(), k
+
+
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("mel_dtype", ["float32", "same"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_worse_than_plain_pytorch(triton_ops, dtype, mel_dtype, masked):
