@@ -238,8 +238,12 @@ def candidates(head_dim: int, dtype: torch.dtype, max_keys: int, arch: int) -> l
     """The configurations for such heads and sequences of up to ``max_keys`` keys, the preferred first."""
     how = "half" if dtype.itemsize == 2 else input_precision()
     columns = next(n for n in (32, 64, 128, 256) if n >= head_dim and (how, n) in _CONFIGS)
-    arch = min(arch // 10 * 10, 100)
-    return [c for c in _CONFIGS[how, columns] if arch in c.archs and (max_keys <= c.block_k or not c.single_pass)]
+    return [c for c in _CONFIGS[how, columns] if takes(c, max_keys, arch)]
+
+
+def takes(config: Config, max_keys: int, arch: int) -> bool:
+    """Whether a configuration is one for that architecture and sequences of up to ``max_keys`` keys."""
+    return min(arch // 10 * 10, 100) in config.archs and (max_keys <= config.block_k or not config.single_pass)
 
 
 def frame_attention(

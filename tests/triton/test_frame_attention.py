@@ -78,7 +78,8 @@ def test_head_dims(triton_ops, head_dim, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_long_clip(triton_ops, dtype):
-    check_padded(triton_ops, torch.randn(1, 700, 3 * 32).to(dtype), None, 1, False)
+    """In an online softmax; one key less than whole tiles of them."""
+    check_padded(triton_ops, torch.randn(1, 319, 3 * 32).to(dtype), None, 1, False)
 
 
 @pytest.mark.parametrize("attend", [False, True])
@@ -112,18 +113,13 @@ def test_large_scores_do_not_overflow(triton_ops):
     torch.testing.assert_close(y.double(), z, rtol=0, atol=30 * tol.ATTENTION_LARGE)
 
 
-def sums(triton_ops, op, *args):
-    """The operator's second result: log sum exp per head and row."""
-    with triton_ops.poison():
-        return op(*args)[1].cpu()
-
-
 @pytest.mark.parametrize("dtype, tokens", [(torch.float32, 70), (torch.bfloat16, 250), (torch.bfloat16, 300)])
 def test_log_sum_exp(triton_ops, dtype, tokens):
     """float32 whatever the dtype; -inf in dead rows."""
     qkv, lengths = torch.randn(3, tokens, 3 * 2 * 16).to(dtype), torch.tensor([tokens, 5, 0])
-    op = torch.ops.atst_fast.frame_attention
-    lse = sums(triton_ops, op, triton_ops.to(qkv), triton_ops.to(lengths), 2, 0.25, False)
+    args = triton_ops.to(qkv), triton_ops.to(lengths), 2, 0.25, False
+    with triton_ops.poison():
+        lse = torch.ops.atst_fast.frame_attention(*args)[1].cpu()
     expected = reference.frame_attention(qkv.double(), lengths, 2, 0.25, False)[1]
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), expected, rtol=0, atol=tol.ATTENTION_LOG_SUM)
@@ -201,6 +197,23 @@ def test_the_same_bits_twice_and_for_any_grid(triton_ops, monkeypatch, tokens):
     for a, b in zip(results, again):
         assert torch.equal(a, b)
     assert torch.equal(results[0][1:2], results[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(triton_ops, dtype):
+    """What the fake kernels promise of dtypes and shapes, halves included."""
+    checks = ("test_schema", "test_faketensor")
+    qkv, lengths = triton_ops.to(torch.randn(2, 9, 96).to(dtype)), triton_ops.to(torch.tensor([9, 4]))
+    torch.library.opcheck(torch.ops.atst_fast.frame_attention.default, (qkv, lengths, 2, 0.3, False), test_utils=checks)
+    args = (
+        qkv[0, :, :32],
+        qkv[1, :, 32:],
+        triton_ops.to(torch.tensor([0, 9])),
+        triton_ops.to(torch.tensor([0, 8])),
+        9,
+        8,
+    )
+    torch.library.opcheck(torch.ops.atst_fast.frame_attention_packed.default, (*args, 2, 0.3), test_utils=checks)
 
 
 @pytest.mark.parametrize("name, case", list(golden_cases()))

@@ -33,18 +33,27 @@ def products(config, dtype, precision):
     return TENSOR_CORES if config.block_q >= 64 else OLD_TENSOR_CORES
 
 
-def launch(dtype, head_dim, config, precision="highest"):
+def used(configs):
+    """Those that a launch may be made with; the others are there to be timed."""
+    limits = [(keys, arch) for keys in (64, 128, 256, 1500) for arch in (80, 90, 100)]
+    return {next(c for c in configs if kernels.takes(c, keys, arch)) for keys, arch in limits}
+
+
+def launch(dtype, head_dim, config, precision="highest", candidate=False):
     tokens = 250 if config.single_pass else 1500
     name = " ".join(map(str, (dtype, head_dim, *config[:5], precision)))
     call = partial(padded, dtype, head_dim, min(tokens, config.block_k) if config.single_pass else tokens, config)
-    return Launch(name, partial(call, precision), products(config, dtype, precision), _WIDE, archs=config.archs)
+    call = partial(call, precision)
+    needed = products(config, dtype, precision)
+    return Launch(name, call, needed, _WIDE, archs=config.archs, candidate=candidate)
 
 
 def launches():
     made = []
     for (how, head_dim), configs in kernels._CONFIGS.items():
         dtype = torch.bfloat16 if how == "half" else torch.float32
-        made += [launch(dtype, head_dim, config, "high" if how == "tf32" else "highest") for config in configs]
+        precision = "high" if how == "tf32" else "highest"
+        made += [launch(dtype, head_dim, c, precision, c not in used(configs)) for c in configs]
     for head_dim, arch in ((48, 90), (96, 90), (96, 100)):  # columns that are masked
         made.append(launch(torch.bfloat16, head_dim, kernels.candidates(head_dim, torch.bfloat16, 128, arch)[0]))
     for config in kernels.candidates(64, torch.bfloat16, 250, 90)[:2]:
