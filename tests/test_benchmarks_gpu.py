@@ -170,7 +170,7 @@ def test_optimizer_steps_run(provider, clip):
     assert parameters > 50_000
 
 
-@pytest.mark.parametrize("provider", ["atst_fast_float32", "tuned_pytorch", "official_structure"])
+@pytest.mark.parametrize("provider", bench_step.PROVIDERS)
 def test_a_training_step_runs(provider):
     step = bench_step.PROVIDERS[provider]("tiny", 2, torch.device("cpu"))
     assert all(0 < float(step()) < 4 for _ in range(2))

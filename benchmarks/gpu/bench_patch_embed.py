@@ -70,7 +70,7 @@ def work(size, masked, backward):
     live = tokens // 2 if masked else tokens
     # every token's result is written, or its gradient read; mel is float32
     moved = 2 * tokens * width + 4 * live * BINS * FRAMES + 2 * width * BINS * FRAMES * (2 if backward else 1)
-    return {"bytes": moved, "flops": 2 * live * BINS * FRAMES * width}
+    return {"bytes": moved, "flops": 2 * live * BINS * FRAMES * width, "dtype": "bfloat16"}
 
 
 @pytest.mark.benchmark(group="patch_embed")
