@@ -28,7 +28,6 @@ def working_copy(model: ATSTFrame) -> tuple[ATSTFrame, dict[Tensor, Tensor]]:
     with torch.no_grad():
         for p in working.parameters():
             p.data = p.data.to(torch.bfloat16, memory_format=torch.contiguous_format)
-            p.grad = None
     for ours, theirs in zip(working.modules(), model.modules(), strict=True):
         for name, buffer in theirs.named_buffers(recurse=False):
             setattr(ours, name, buffer)
