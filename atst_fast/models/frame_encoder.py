@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -151,12 +151,12 @@ class FrameEncoder(nn.Module):
             x, length, _ = self._embed(mel, lengths, mask if replace else None)
             return self._last_norm(self._streams(x, length, "zero", select))
         x, length, host_length = self._embed(mel, lengths, mask if replace else None)
-        select = Selection.build(mask, host_length)
-        if not len(select.queries):
+        counted = Selection.build(mask, host_length)
+        if not len(counted.queries):
             raise ValueError(f"{_NAME}: mask must select at least one valid token of the batch, got none")
         for block in self.blocks[:-1]:
             x = block(x, length, padded_queries="zero", fixed_shapes=False)
-        return self.norm_frame(self.blocks[-1](x, select=select))
+        return self.norm_frame(self.blocks[-1](x, select=counted))
 
     def select(
         self, mel: Tensor, lengths: Tensor | None, mask: Tensor, capacity: int | None = None
@@ -173,6 +173,9 @@ class FrameEncoder(nn.Module):
         places = max(mask.numel(), 1) if capacity is None else capacity
         return FixedRows.build(mask.to(mel.device, non_blocking=True), valid, places)
 
+    def _blocks(self) -> Iterator[Block]:
+        return cast(Iterator[Block], iter(self.blocks))
+
     def _is_fixed(self, x: Tensor) -> bool:
         return x.is_cuda if self.fixed_shapes is None else self.fixed_shapes
 
@@ -186,7 +189,7 @@ class FrameEncoder(nn.Module):
         """What comes out of each block, none of whose shapes depends on a value; the last one's are rows of select."""
         factors, lengths = self._drop_paths(x, length)
         stream = Stream(x)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self._blocks()):
             rows = select if i == len(self.blocks) - 1 else None
             stream = block.advance(stream, lengths[i], factors[i], padded_queries=padded_queries, select=rows)
             yield stream
@@ -199,7 +202,7 @@ class FrameEncoder(nn.Module):
 
     def _drop_paths(self, x: Tensor, length: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """For each block the factors of its branches, None where it drops nothing, and the tokens that attend."""
-        probabilities = [block.drop_path if block.training else 0.0 for block in self.blocks]
+        probabilities = [float(block.drop_path) if block.training else 0.0 for block in self._blocks()]
         if not any(probabilities):
             return [None] * len(self.blocks), [length] * len(self.blocks)
         draws = torch.rand(len(self.blocks), 2, len(x), device=x.device)

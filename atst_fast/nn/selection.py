@@ -87,7 +87,7 @@ class FixedSelection(NamedTuple):
     inverse: Tensor
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # a tuple's own count is of no use here
     max_seqlen: int
 
     @classmethod
@@ -137,7 +137,7 @@ class FixedRows(NamedTuple):
         return cls(FixedSelection.build(mask & valid, capacity), FixedSelection.build(valid, max(valid.numel(), 1)))
 
     @property
-    def count(self) -> Tensor:
+    def count(self) -> Tensor:  # type: ignore[override]
         """int64, a scalar on the device: how many rows are not padding; -1 where they did not fit."""
         return self.queries.count
 

@@ -23,7 +23,11 @@ class Stream(NamedTuple):
 
     def norm(self, norm: nn.Module) -> tuple[Tensor, Tensor]:
         """The sum, and the sum after ``norm``."""
-        if is_plain(norm, nn.LayerNorm) and norm.normalized_shape == self.x.shape[-1:]:
+        if (
+            isinstance(norm, nn.LayerNorm)
+            and is_plain(norm, nn.LayerNorm)
+            and norm.normalized_shape == self.x.shape[-1:]
+        ):
             return ops.add_norm(*self, norm.weight, norm.bias, norm.eps)
         x = self.sum()
         return x, norm(x)

@@ -75,10 +75,10 @@ def add_branch(
         _checks.fail(op, "y", f"of shape {shape}", y)
     _checks.same_device(op, "x", x, y=y, kept=kept, scale=scale)
     if scale is not None:
-        items = f"[{shape[0]}] (the items of y)"
-        _checks.tensor(op, "scale", scale, items, dim=1, dtypes=(torch.float32,))
+        expected = f"[{shape[0]}] (the items of y)"
+        _checks.tensor(op, "scale", scale, expected, dim=1, dtypes=(torch.float32,))
         if scale.shape[0] != shape[0] or x.dim() < 2:
-            _checks.fail(op, "scale", items, scale)
+            _checks.fail(op, "scale", expected, scale)
     if kept is not None and kept.device.type == "cpu" and not torch.compiler.is_compiling():
         items = kept.tolist()
         if len(set(items)) < len(items) or not all(0 <= item < x.shape[0] for item in items):

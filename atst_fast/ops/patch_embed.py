@@ -72,8 +72,9 @@ def patch_embed(
     )
     native = takes_halves(mel) or weight.dtype == torch.float64
     dtype = weight.dtype if native else torch.float32
-    parameters = (weight, bias, mask_embed, pos_embed)
-    weight, bias, mask_embed, pos_embed = (None if x is None else x.to(dtype).contiguous() for x in parameters)
+    asked, weight = weight.dtype, weight.to(dtype).contiguous()
+    others = (bias, mask_embed, pos_embed)
+    bias, mask_embed, pos_embed = (None if x is None else x.to(dtype).contiguous() for x in others)
     if dtype == torch.float64:
         return reference.patch_embed(mel.double(), weight, bias, mask, mask_embed, pos_embed, patch, stride)
     if not native or mel.dtype == torch.float64:
@@ -81,7 +82,7 @@ def patch_embed(
     mask = None if mask is None else mask.contiguous()
     with torch.autocast(mel.device.type, enabled=False):  # the operator calls a matrix product of torch
         out = torch.ops.atst_fast.patch_embed(mel, weight, bias, mask, mask_embed, pos_embed, patch, stride)
-    return out.to(parameters[0].dtype)
+    return out.to(asked)
 
 
 def _pair(name: str, value) -> tuple[int, int]:
