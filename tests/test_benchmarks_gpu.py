@@ -15,6 +15,7 @@ from benchmarks.gpu import (
     bench_augment,
     bench_ema,
     bench_epilogue,
+    bench_frame_attention,
     bench_heads,
     bench_log_mel,
     bench_patch_embed,
@@ -148,6 +149,39 @@ def test_patch_embed_cases_compute_one_thing(masked):
     x, select = bench_patch_embed.make_rows("tiny", "cpu")
     assert (len(x), x.shape[1]) == (20, 48)
     assert 0 < int(select.count) <= len(select.rows)
+
+
+@pytest.mark.parametrize("lengths", bench_frame_attention.LENGTHS)
+def test_attention_cases_compute_one_thing(monkeypatch, lengths):
+    """What runs on a CPU: SDPA with its mask, FlexAttention with its own, forward and not compiled, flash with none."""
+    bench = bench_frame_attention
+    monkeypatch.setattr(timing, "compiled", lambda call: call)
+    given = bench.make_inputs("tiny", lengths, "cpu")
+    valid = torch.arange(20) < torch.tensor(given.numbers)[:, None]
+    makers = {"ours": bench.ours, "packed": bench.ours_packed, "math": bench.with_sdpa(bench.SDPBackend.MATH)}
+    makers |= {"flex": bench.with_flex} | ({} if lengths == "ragged" else {"flash": bench.with_flash})
+    results, grads = {}, {}
+    for name, make in makers.items():
+        attend, x = make(given)
+        x = x.detach().requires_grad_(name != "flex")
+        y = attend(x)
+        results[name] = (y[valid] if y.dim() == 3 else y).detach().float()
+        if name != "flex":
+            (dx,) = torch.autograd.grad(y if y.dim() == 2 else y[valid], x, results[name].bfloat16())
+            grads[name] = (dx[valid] if dx.dim() == 3 else dx).float()
+    for others in (results, grads):
+        for other in others.values():
+            scale = others["ours"].abs().max().item()
+            torch.testing.assert_close(other, others["ours"], rtol=0, atol=tolerances.BF16_RTOL * scale)
+
+
+def test_attention_cases_run_both_ways():
+    given = bench_frame_attention.make_inputs("tiny", "ragged", "cpu")
+    for way, products, rows in (("forward", 2, 3 * 37 + 60), ("backward", 5, 5 * 37 + 3 * 60)):
+        bench_frame_attention.timed(bench_frame_attention.ours(given), way)()
+        work = bench_frame_attention.work(given, way)
+        assert sorted(given.numbers) == [5, 12, 20]
+        assert work == {"bytes": 2 * 128 * rows, "flops": products * 2 * 128 * (25 + 144 + 400)}
 
 
 def test_teacher_updates_compute_one_thing():

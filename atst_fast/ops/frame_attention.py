@@ -170,9 +170,13 @@ def _check_longest(op: str, name: str, longest: int | None, offsets: Tensor, row
 
 
 register("frame_attention", triton="frame_attention", CUDA=reference.frame_attention)
-register("frame_attention_backward", CUDA=reference.frame_attention_backward)
+register("frame_attention_backward", triton="frame_attention_backward", CUDA=reference.frame_attention_backward)
 register("frame_attention_packed", triton="frame_attention", CUDA=reference.frame_attention_packed)
-register("frame_attention_packed_backward", CUDA=reference.frame_attention_packed_backward)
+register(
+    "frame_attention_packed_backward",
+    triton="frame_attention_backward",
+    CUDA=reference.frame_attention_packed_backward,
+)
 
 
 @torch.library.register_fake("atst_fast::frame_attention")
