@@ -181,7 +181,8 @@ def test_attention_cases_run_both_ways():
         bench_frame_attention.timed(bench_frame_attention.ours(given), way)()
         work = bench_frame_attention.work(given, way)
         assert sorted(given.numbers) == [5, 12, 20]
-        assert work == {"bytes": 2 * 128 * rows, "flops": products * 2 * 128 * (25 + 144 + 400)}
+        flops = products * 2 * 128 * (25 + 144 + 400)
+        assert work == {"bytes": 2 * 128 * rows, "flops": flops, "dtype": "bfloat16"}
 
 
 def test_teacher_updates_compute_one_thing():

@@ -14,11 +14,7 @@ KERNELS = Path(tune.__file__).parents[2] / "kernels"
 SMALL = tune.Size(dim=64, heads=2, clips=1, tokens=16, hidden=64, out=32, dtype=torch.float32, device="cpu")
 
 
-_BACKWARD = (KERNELS / "frame_attention_backward.py").exists()
-CASES = [name for name in tune.CASES if _BACKWARD or not ("attention" in name and "backward" in name)]
-
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", tune.CASES)
 def test_a_case_runs(triton_ops, name):
     """As it is used, which the call without a configuration is, too."""
     case = tune.CASES[name](SMALL)
@@ -32,7 +28,7 @@ def test_every_configuration_is_a_candidate(triton_ops):
     # heads as wide as those of a training step, but fewer: attention's backward needs a forward
     sizes = [tune.Size(dim, heads, clips=1, hidden=256, out=32, device="cpu") for dim, heads in ((768, 12), (64, 1))]
     offered = set()
-    for name in CASES:
+    for name in tune.CASES:
         case = tune.CASES[name](sizes["attention" in name])
         assert case.used in case.candidates, name
         offered |= {(type(c).__module__, c) for c in case.candidates}

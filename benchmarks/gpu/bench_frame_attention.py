@@ -158,7 +158,7 @@ def work(given: Inputs, way: str) -> dict:
     valid, pairs = sum(given.numbers), sum(n * n for n in given.numbers)
     products, read, written = (2, 3, 1) if way == "forward" else (5, 5, 3)
     moved = row * (read * valid + written * batch * tokens)
-    return {"bytes": moved, "flops": products * 2 * pairs * width // 3}
+    return {"bytes": moved, "flops": products * 2 * pairs * width // 3, "dtype": "bfloat16"}
 
 
 def timed(case: Case, way: str) -> Callable:
