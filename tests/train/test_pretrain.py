@@ -16,6 +16,7 @@ from atst_fast.train import checkpoint, files, pretrain
 from atst_fast.train.config import PretrainConfig, UserError
 from atst_fast.train.pack import PackConfig, pack
 from tests.train.conftest import BAD, write_clips
+from tests.train.tiny import assert_equal
 
 STEPS = 10
 SIZE = {"dim": 24, "depth": 2, "num_heads": 3}
@@ -104,23 +105,8 @@ def final(config):
 
 def assert_same_run(a, b):
     """Weights, optimizer, front end and random numbers, bit for bit."""
-
-    def same(x, y, where):
-        if isinstance(x, torch.Tensor):
-            assert torch.equal(x, y), where
-        elif isinstance(x, dict):
-            assert x.keys() == y.keys(), where
-            for k in x:
-                same(x[k], y[k], f"{where}.{k}")
-        elif isinstance(x, list | tuple):
-            assert len(x) == len(y), where
-            for i, pair in enumerate(zip(x, y)):
-                same(*pair, f"{where}[{i}]")
-        else:
-            assert x == y, where
-
     for what, x, y in zip(("weights", "state"), final(a), final(b)):
-        same(x, y, what)
+        assert_equal(x, y, what)
 
 
 def lines(config):
@@ -420,13 +406,3 @@ def test_a_second_process_is_kept_out(config):
     config.out.mkdir()
     with files.only_one(config.out), pytest.raises(UserError, match="another process is writing into"):
         pretrain.pretrain(config)
-
-
-def test_a_device_that_is_not_there(config):
-    with pytest.raises(UserError, match="--device cuda:97"):
-        pretrain.pretrain(but(config, device="cuda:97"))
-    with pytest.raises(UserError, match="--device nonsense"):
-        pretrain.pretrain(but(config, device="nonsense"))
-    for device in ("meta", "mps"):
-        with pytest.raises(UserError, match=f"--device must be auto, cpu, cuda or cuda:N, got {device}$"):
-            pretrain.pretrain(but(config, device=device))

@@ -38,3 +38,19 @@ def curve(step, steps, first=0):
     device = step.device
     results = [step(clips(k).to(device), k) for k in range(first, first + steps)]
     return torch.stack([torch.stack(r[:3]) for r in results]).cpu()
+
+
+def assert_equal(x, y, where):
+    """Tensors, containers of them and plain values, bit for bit."""
+    if isinstance(x, torch.Tensor):
+        assert torch.equal(x, y), where
+    elif isinstance(x, dict):
+        assert x.keys() == y.keys(), where
+        for k in x:
+            assert_equal(x[k], y[k], f"{where}.{k}")
+    elif isinstance(x, list | tuple):
+        assert len(x) == len(y), where
+        for i, pair in enumerate(zip(x, y)):
+            assert_equal(*pair, f"{where}[{i}]")
+    else:
+        assert x == y, where
