@@ -33,7 +33,8 @@ class Graph(Protocol):
         ...
 
     def record(self, work: Callable[[], Tensor], generators: Sequence[torch.Generator]) -> Tensor:
-        """Record ``work`` without doing it; its result holds numbers after `replay`."""
+        """Record ``work``, in place of what was recorded before, without doing it; its result holds numbers after
+        `replay`."""
         ...
 
     def replay(self) -> None: ...
@@ -49,7 +50,7 @@ class CudaGraph:
     def __init__(self, device: torch.device):
         self.device = device
         self._stream = torch.cuda.Stream(device)
-        self._graph = torch.cuda.CUDAGraph()
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, work: Callable[[], T]) -> T:
         current = torch.cuda.current_stream(self.device)
@@ -60,13 +61,17 @@ class CudaGraph:
         return out
 
     def record(self, work: Callable[[], Tensor], generators: Sequence[torch.Generator]) -> Tensor:
+        graph = torch.cuda.CUDAGraph()
         for generator in generators:  # that of the device, which drops paths, is registered by torch
-            self._graph.register_generator_state(generator)
+            graph.register_generator_state(generator)
         # "thread_local": the thread that prepares batches allocates pinned memory whenever it likes
-        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-            return work()
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            out = work()
+        self._graph = graph
+        return out
 
     def replay(self) -> None:
+        assert self._graph is not None
         self._graph.replay()
 
 
@@ -77,7 +82,8 @@ class Stepper:
     ``step``. Without ``graph`` that is a plain call. With one, the first steps (`WARM_UP`, and again whenever the shape
     has changed before there is a recording) are plain as well, then the same code is recorded, and from then on a step
     is: waveform to where the recording reads it, rates to where it reads those, replay. Batches of another shape than
-    the recorded one are trained plainly. Both ways use the same random numbers and leave the same state.
+    the recorded one are trained plainly; longer ones move the memory banks, and the recording is made anew after them.
+    Both ways use the same random numbers and leave the same state.
 
     Nothing waits for the GPU. The results are tensors of their own, which later steps leave alone. ``watch(part)`` is
     entered around "front end" and "step"; a replay is all "step".
@@ -97,6 +103,7 @@ class Stepper:
         self._graph, self._left = graph, WARM_UP
         self._shape: torch.Size | None = None  # of the last steps, or of what is recorded
         self._recorded: tuple[Tensor, Tensor] | None = None  # the waveform that it reads, the numbers that it writes
+        self._banks: list[Tensor | None] = []  # that it reads and writes
 
     def __call__(self, waveform: Tensor, step: int) -> StepResult:
         rates = self.schedules(step)
@@ -115,6 +122,8 @@ class Stepper:
             return torch.stack(out)
 
     def _graphed(self, waveform: Tensor, graph: Graph) -> Tensor:
+        if any(now is not then for now, then in zip(self._memory(), self._banks)):
+            self._recorded, self._banks = None, []
         if self._recorded is None and waveform.shape != self._shape:
             self._shape, self._left = waveform.shape, WARM_UP
         if self._left or waveform.shape != self._shape:
@@ -132,4 +141,9 @@ class Stepper:
         generator = self.front_end.device_generator
         self.trainee.optimizer.zero_grad(set_to_none=True)  # or their memory would be held while others are made
         numbers = graph.record(lambda: self._plain(static, unwatched), [] if generator is None else [generator])
+        self._banks = self._memory()
         return static, numbers
+
+    def _memory(self) -> list[Tensor | None]:
+        """The banks' clips."""
+        return [None if bank is None else bank.mels for bank in self.front_end.banks]

@@ -98,6 +98,18 @@ def test_a_batch_of_another_shape_is_trained_plainly():
     assert [r.loss for r in results] == [r.loss for r in expected]
 
 
+def test_a_recording_whose_bank_has_moved_is_made_anew():
+    double = Double()
+    step = tiny.stepper(graph=double)
+    longer = tiny.clips(0)[:, :12000]  # of 0.75 s; the others have 0.5 s
+    for k, samples in enumerate([*[8000] * (WARM_UP + 1), 12000, 8000, 8000]):
+        before = [bank and bank.mels for bank in step.front_end.banks]
+        step(longer[:, :samples].contiguous(), k)
+        moved = any(bank and bank.mels is not old for bank, old in zip(step.front_end.banks, before))
+        assert moved == (samples == 12000 or k == 0)
+    assert (double.ran, len(double.recorded), double.replayed) == (WARM_UP + 1, 2, 3)
+
+
 def test_what_is_recorded_has_been_run_before_in_that_shape():
     double = Double()
     step = tiny.stepper(graph=double)
