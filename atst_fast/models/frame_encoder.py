@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atst_fast.nn import Block, FixedRows, PatchEmbed, Selection
+from atst_fast.nn.plain import is_plain
 from atst_fast.nn.stream import Stream, attended, drop_path_factors
 from atst_fast.ops import _checks
 
@@ -191,7 +192,11 @@ class FrameEncoder(nn.Module):
         stream = Stream(x)
         for i, block in enumerate(self._blocks()):
             rows = select if i == len(self.blocks) - 1 else None
-            stream = block.advance(stream, lengths[i], factors[i], padded_queries=padded_queries, select=rows)
+            if is_plain(block, Block):
+                stream = block.advance(stream, lengths[i], factors[i], padded_queries=padded_queries, select=rows)
+            else:
+                x = block(stream.sum(), length, padded_queries=padded_queries, select=rows, fixed_shapes=True)
+                stream = Stream(x)
             yield stream
 
     def _last_norm(self, streams: Iterator[Stream]) -> Tensor:

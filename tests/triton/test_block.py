@@ -178,6 +178,26 @@ def test_encoder(where, ragged, host):
         assert_same(everything[: len(want)], want)
 
 
+@pytest.mark.parametrize("what", ["hook", "subclass"])
+def test_blocks_that_are_more_than_that_are_called(what):
+    """Where shapes are fixed as on a CPU."""
+    ours, plain = (encoder.eval() for encoder in make_encoder(Cpu()))
+    mel, lengths, mask = batch()
+    for block in (*ours.blocks, *plain.blocks):
+        if what == "hook":
+            block.register_forward_hook(lambda module, inputs, output: 2 * output)
+        else:
+            block.__class__ = type(
+                "Twice", (Block,), {"forward": lambda self, *a, **k: 2 * Block.forward(self, *a, **k)}
+            )
+    select = ours.select(mel, lengths, mask, capacity=16)
+    with torch.no_grad():
+        assert_same(ours(mel, lengths), plain(mel, lengths))
+        assert_same(ours.intermediate(mel, lengths, 2), plain.intermediate(mel, lengths, 2))
+        want = plain.masked_tokens(mel, lengths, mask, replace=True)
+        assert_same(ours.masked_tokens(mel, lengths, mask, replace=True, select=select)[: len(want)], want)
+
+
 def test_gradients_of_an_encoder(where):
     ours, plain = make_encoder(where, drop_path_rate=0.0)
     mel, lengths, mask = batch()
