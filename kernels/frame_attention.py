@@ -26,7 +26,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atst_fast.kernels.sequences import architecture, input_precision, load_rows, padded, rows_of, sequence, store_rows
+from atst_fast.kernels.sequences import (
+    architecture,
+    family,
+    input_precision,
+    load_rows,
+    padded,
+    rows_of,
+    sequence,
+    store_rows,
+)
 
 _LOG2_E = 1.4426950408889634
 # from this row stride on a tile's offsets would not fit in 32 bits
@@ -37,14 +46,14 @@ _MANY = 512
 
 class Config(NamedTuple):
     """Tiles of ``block_q`` queries by ``block_k`` keys; ``single_pass``: these are all the keys of a sequence.
-    ``archs``: the architectures on which it keeps everything in registers."""
+    ``archs``: the architectures (`family`) on which it keeps everything in registers."""
 
     block_q: int
     block_k: int
     single_pass: bool
     num_warps: int
     num_stages: int
-    archs: tuple[int, ...] = (80, 90, 100)
+    archs: tuple[int, ...] = (80, 86, 90, 100)
 
 
 # (how products are taken, columns of a tile): what may run, the preferred first
@@ -52,7 +61,7 @@ _CONFIGS = {
     ("half", 32): (
         Config(64, 64, True, 4, 2),
         Config(64, 128, True, 4, 2),
-        Config(128, 128, True, 8, 2, (80, 90)),
+        Config(128, 128, True, 8, 2, (80, 86, 90)),
         Config(128, 64, False, 8, 3),
         Config(128, 128, False, 8, 2),
         Config(64, 64, False, 4, 2, (90, 100)),
@@ -65,21 +74,25 @@ _CONFIGS = {
         Config(128, 64, False, 8, 3),
         Config(128, 128, False, 8, 2),
         Config(64, 64, False, 4, 2),
-        Config(64, 64, False, 4, 3, (80, 90)),
+        Config(64, 64, False, 4, 3, (80, 86, 90)),
     ),
     ("half", 128): (
         Config(64, 64, True, 4, 2),
-        Config(64, 128, True, 4, 2, (80, 90)),
-        Config(128, 64, False, 8, 2, (80, 90)),
+        Config(64, 128, True, 4, 2, (80, 86, 90)),
+        Config(128, 64, False, 8, 2, (80, 86, 90)),
         Config(128, 64, False, 8, 3, (90,)),
         Config(64, 64, False, 8, 2),
     ),
-    ("half", 256): (Config(64, 32, False, 8, 2, (80, 90)), Config(64, 32, False, 8, 1), Config(32, 32, False, 4, 2)),
+    ("half", 256): (
+        Config(64, 32, False, 8, 2, (80, 86, 90)),
+        Config(64, 32, False, 8, 1),
+        Config(32, 32, False, 4, 2),
+    ),
     ("ieee", 64): (Config(64, 32, False, 8, 2), Config(32, 32, False, 4, 1)),
     ("ieee", 128): (Config(64, 32, False, 8, 2),),
     ("ieee", 256): (Config(16, 16, False, 8, 1),),
     ("tf32", 64): (Config(64, 32, False, 8, 2), Config(32, 32, False, 4, 1)),
-    ("tf32", 128): (Config(64, 32, False, 8, 1), Config(64, 32, False, 8, 2, (80, 90))),
+    ("tf32", 128): (Config(64, 32, False, 8, 1), Config(64, 32, False, 8, 2, (80, 86, 90))),
     ("tf32", 256): (Config(16, 16, False, 8, 1), Config(32, 16, False, 8, 2)),
 }
 CONFIGS = tuple(dict.fromkeys(config for configs in _CONFIGS.values() for config in configs))
@@ -243,7 +256,7 @@ def candidates(head_dim: int, dtype: torch.dtype, max_keys: int, arch: int) -> l
 
 def takes(config: Config, max_keys: int, arch: int) -> bool:
     """Whether a configuration is one for that architecture and sequences of up to ``max_keys`` keys."""
-    return min(arch // 10 * 10, 100) in config.archs and (max_keys <= config.block_k or not config.single_pass)
+    return family(arch) in config.archs and (max_keys <= config.block_k or not config.single_pass)
 
 
 def frame_attention(

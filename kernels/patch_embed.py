@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atst_fast.kernels.patches import Geometry, load_patches, order_of, patch_offsets, precision
+from atst_fast.kernels.sequences import architecture, family
 
 
 class Config(NamedTuple):
@@ -39,6 +40,8 @@ CONFIGS = (
     Config(64, 128, 256, 8, 2),
     Config(128, 64, 256, 8, 1),
 )
+# where a block has 99 KB of shared memory
+SMALL_CONFIG = CONFIGS[2]
 # for patches that are read in pieces; for float32 products of full precision, and in TF32
 PIECES_CONFIGS = (Config(64, 64, 32, 8, 2),)
 FULL_CONFIGS = (Config(32, 64, 32, 8, 2),)
@@ -46,11 +49,12 @@ TF32_CONFIGS = (Config(64, 64, 32, 8, 2),)
 
 
 def choose(weight: Tensor, patch: Sequence[int] = (64, 4)) -> Config:
-    """By the products' precision, and by whether a patch is read as one."""
+    """By the products' precision, by whether a patch is read as one, and by the GPU's shared memory."""
     if weight.element_size() == 4:
         return FULL_CONFIGS[0] if precision() == "ieee" else TF32_CONFIGS[0]
-    whole = patch[0] * triton.next_power_of_2(patch[1]) <= CONFIGS[0].block_k
-    return CONFIGS[0] if whole else PIECES_CONFIGS[0]
+    if patch[0] * triton.next_power_of_2(patch[1]) > CONFIGS[0].block_k:
+        return PIECES_CONFIGS[0]
+    return SMALL_CONFIG if family(architecture()) == 86 else CONFIGS[0]
 
 
 @triton.jit

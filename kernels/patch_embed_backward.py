@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atst_fast.kernels.patches import Geometry, load_patches, order_of, patch_offsets, precision
+from atst_fast.kernels.sequences import architecture, family
 
 
 class Config(NamedTuple):
@@ -44,7 +45,7 @@ CONFIGS = (
     Config(64, 128, 128, 264, 4, 3),
     Config(32, 128, 256, 132, 8, 3),
 )
-# where products have their sums in registers piece by piece, before Hopper
+# where products have their sums in registers piece by piece, before Hopper and in RTX Blackwell
 SMALL_CONFIGS = (Config(64, 128, 128, 132, 8, 3), Config(32, 128, 128, 264, 8, 3))
 FULL_CONFIGS = (Config(32, 64, 64, 528, 8, 2),)
 
@@ -57,8 +58,7 @@ def choose(weight: Tensor) -> Config:
     """By dtype and GPU."""
     if weight.element_size() == 4:
         return FULL_CONFIGS[0]
-    older = weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (9, 0)
-    return SMALL_CONFIGS[0] if older else CONFIGS[0]
+    return CONFIGS[0] if family(architecture()) in (90, 100) else SMALL_CONFIGS[0]
 
 
 @triton.jit

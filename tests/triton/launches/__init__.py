@@ -19,7 +19,8 @@ class Launch:
 
     Of every kernel that it launches, for each architecture: ``products``, the opcode of its matrix products, if it has
     any; ``opcodes``, how many instructions of a kind there must be (least, most; see tests/cuda/static.py);
-    ``registers`` at most; ``archs`` that it is for. ``only``: hold only the kernel of that name to ``products`` and
+    ``registers`` at most; ``archs`` that it is for, 86 among them where it must do with 99 KB of shared
+    memory (compiled as 80, which it computes like). ``only``: hold only the kernel of that name to ``products`` and
     ``opcodes``. No kernel may spill, whatever it says here. ``candidate``: a configuration that no launch is made with
     but `benchmarks.gpu.tune` tries; they take long to compile, so that `make test-all` alone does it.
     """
@@ -29,6 +30,6 @@ class Launch:
     products: dict[int, str] | None = None
     opcodes: dict[str, tuple[int, int | None]] = field(default_factory=dict)
     registers: int = 255
-    archs: tuple[int, ...] = (80, 90, 100)
+    archs: tuple[int, ...] = (80, 86, 90, 100)
     only: str | None = None
     candidate: bool = False

@@ -35,7 +35,7 @@ def products(config, dtype, precision):
 
 def used(configs):
     """Those that a launch may be made with; the others are there to be timed."""
-    limits = [(keys, arch) for keys in (64, 128, 256, 1500) for arch in (80, 90, 100)]
+    limits = [(keys, arch) for keys in (64, 128, 256, 1500) for arch in (80, 86, 90, 100)]
     return {next(c for c in configs if kernels.takes(c, keys, arch)) for keys, arch in limits}
 
 

@@ -35,8 +35,15 @@ def launch(dtype, config, masked=True, patch=(64, 4), width=768, precision="high
             patch_embed.patch_embed(*given, config)
 
     name = f"{dtype} {precision} {patch} {width} {'masked' if masked else 'whole'} {tuple(config)}"
+    whole = config in patch_embed.CONFIGS and config != patch_embed.SMALL_CONFIG
     products = None if (dtype, precision) == (torch.float32, "highest") else TENSOR_CORES
-    return Launch(name, call, products=products, only="patch_embed_fwd_kernel")
+    return Launch(
+        name,
+        call,
+        products=products,
+        only="patch_embed_fwd_kernel",
+        archs=(80, 90, 100) if whole else (80, 86, 90, 100),
+    )
 
 
 def launches():

@@ -7,7 +7,7 @@ from tests.triton.launches import TENSOR_CORES, Launch
 from tests.triton.launches.patch_embed import arguments, float32_products
 
 
-def launch(dtype, config, masked=True, patch=(64, 4), archs=(80, 90, 100), precision="highest"):
+def launch(dtype, config, masked=True, patch=(64, 4), archs=(80, 86, 90, 100), precision="highest"):
     mel, weight, _, mask, _, pos, patch, stride = arguments(768, dtype, masked, patch)
     grad = torch.empty(len(mel), len(pos), 768, dtype=dtype)
 
@@ -22,7 +22,7 @@ def launch(dtype, config, masked=True, patch=(64, 4), archs=(80, 90, 100), preci
 
 def launches():
     made = [launch(torch.bfloat16, config, archs=(90, 100)) for config in kernels.CONFIGS]
-    made += [launch(torch.bfloat16, config, archs=(80,)) for config in kernels.SMALL_CONFIGS]
+    made += [launch(torch.bfloat16, config, archs=(80, 86)) for config in kernels.SMALL_CONFIGS]
     made += [launch(torch.float32, config, precision=p) for config in kernels.FULL_CONFIGS for p in ("highest", "high")]
     made += [launch(torch.float16, kernels.CONFIGS[0], False, (16, 16), archs=(90,))]
     return made
