@@ -150,8 +150,8 @@ def patch_embed_fwd_kernel(
                     bin = piece // ALONG * BLOCK_BINS
                     frame = piece % ALONG * BLOCK_FRAMES
                     b_patch = load_patches(
-                        p_mel, o_start + frame * stride_frame, m_start & (frame + o_frame < FRAMES), bin, stride_bin,
-                        BINS, BLOCK_TOKENS, BLOCK_BINS, BLOCK_FRAMES, dtype,
+                        p_mel, o_start + tl.cast(frame, tl.int64) * stride_frame, m_start & (frame + o_frame < FRAMES),
+                        bin, stride_bin, BINS, BLOCK_TOKENS, BLOCK_BINS, BLOCK_FRAMES, dtype,
                     )  # fmt: skip
                     b_weight = _weights(
                         p_weight, o_column, width, bin, frame, BINS, FRAMES, BLOCK_BINS, BLOCK_FRAMES

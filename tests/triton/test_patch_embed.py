@@ -118,6 +118,29 @@ def test_bits_are_the_same_each_time_and_strides_do_not_matter(triton_ops):
         assert all(torch.equal(a, b) for a, b in zip(results[0], again))
 
 
+def test_frames_that_lie_far_apart(triton_ops):
+    """More than 2^31 elements from the first frame of a patch to its last (in memory of which little is touched)."""
+    far, frames = 2**26, 40
+    mel = torch.empty(1, dtype=torch.bfloat16, device=triton_ops.device).new_empty((frames - 1) * far + 1)
+    mel = mel.as_strided((1, 1, 1, frames), (1, 1, 1, far)).copy_(torch.randn(1, 1, 1, frames))
+    weight = triton_ops.to(torch.randn(3, frames)).requires_grad_()
+    y = ops.patch_embed(mel, weight, patch=(1, frames))
+    y.sum().backward()
+    near = mel.contiguous().double().view(1, 1, frames)
+    assert_near(y.detach().cpu(), (near @ weight.double().t()).detach().cpu())
+    assert_near(weight.grad.cpu(), near[0].expand(3, frames).cpu())
+
+
+def test_the_gradient_of_no_tokens_lies_as_promised(triton_ops):
+    """Contiguous, as the fake kernel says, whatever the strides of mel."""
+    mel = triton_ops.to(torch.randn(2, 1, 3, 64).transpose(2, 3))
+    grad, weight = triton_ops.to(torch.empty(2, 0, 8)), triton_ops.to(torch.randn(8, 256))
+    backward = torch.ops.atst_fast.patch_embed_backward
+    dmel = backward(grad, mel, weight, None, 0, True, [64, 4], [64, 4])[4]
+    assert dmel.is_contiguous()
+    assert torch.equal(dmel.cpu(), torch.zeros(2, 1, 64, 3))
+
+
 @pytest.mark.parametrize("all_masked", [False, True])
 def test_masked_patches_are_never_read(triton_ops, all_masked):
     patch = (64, 4)
