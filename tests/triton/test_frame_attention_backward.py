@@ -113,7 +113,7 @@ def test_every_form_against_float64(triton_ops, config, attend, dtype):
 PACKED = [
     ([(13, 40), (0, 9), (70, 130), (5, 0)], 0, 0),
     ([(3, 130), (65, 64)], 4, 140),
-    ([(260, 20), (1, 1)], 270, 3),
+    ([(140, 20), (1, 1)], 270, 3),
     ([], 5, 6),
 ]
 
@@ -209,9 +209,9 @@ def test_the_same_bits_twice_and_in_any_order_of_programs(triton_ops, monkeypatc
 
 
 def test_columns_of_a_wider_tensor(triton_ops):
-    wide, grad = torch.randn(2, 20, 300), torch.randn(2, 20, 32)
-    for x in (wide[..., 1:97], wide[..., 16:208:2], wide[1:, :1, :96], wide[:, :20, :96].transpose(0, 1)):
-        cotangent = grad.expand(2, 20, 32)[: x.shape[0], : x.shape[1]] if x.shape[0] <= 2 else grad.transpose(0, 1)
+    wide = torch.randn(2, 20, 300)
+    for x in (wide[..., 1:97], wide[..., 16:208:2], wide[1:, :1, :96], wide[:, :3, :96].transpose(0, 1)):
+        cotangent = torch.randn(*x.shape[:2], 32)
         function = lambda y: ops.frame_attention(y, 2)  # noqa: E731
         grads = gradients(function, triton_ops.to(cotangent), triton_ops.to(x))
         near_float64(grads, *wanted(x, cotangent, None, 2, False))
