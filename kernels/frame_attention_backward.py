@@ -12,9 +12,10 @@ Longer sequences: frame_attention_backward_tiles.
 dQ's product is issued before dK's, so that the wait for the latter ends both. Were it left running into the next tile,
 the compiler would make every single tensor core instruction of a Hopper GPU wait for the one before.
 
-Keys past the length are read as zeros and their P is set to 0; dead queries are read as zeros with their gradients
-and lse = inf, and add zeros: what is padded, NaN included, reaches nothing, and tiles of it cost nothing. Every row is written, dead
-ones with zeros: no memory is cleared before. Impossible lengths, and queries beyond the promised longest, give NaN.
+Keys past the length are read as zeros and their P is set to 0; dead queries are read as zeros with their gradients and
+lse = inf, and add zeros: what is padded, NaN included, reaches nothing, and tiles of it cost nothing. Every row is
+written, dead ones with zeros: no memory is cleared before. Impossible lengths, and queries beyond the promised longest,
+give NaN.
 
 288 clips of 250 tokens, 12 heads of 64, bfloat16: q, k, v, O, dO in and dq, dk, dv out are 8 x 111 MB = 885 MB,
 0.207 ms at 4.3 TB/s; five products of 288 x 12 x 250^2 x 64 are 138 GFLOP, 0.14 ms at 989 TFLOP/s. Both derived, not
