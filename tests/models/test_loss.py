@@ -47,6 +47,12 @@ def test_a_row_of_zeros_stays_finite():
     assert student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("count", [-1, 0, 3, 10])
+def test_a_count_that_no_batch_has_leaves_no_number(count):
+    """Too many for the rows, none, or not those of two views: a collapse would look the same but for this."""
+    assert all(x.isnan() for x in frame_loss(*torch.randn(2, 8, 4), count=torch.tensor(count)))
+
+
 @pytest.mark.parametrize("rows, others, symmetric", [(6, 1, False), (3, 3, True), (0, 0, True), (0, 0, False)])
 def test_rows_that_do_not_pair_are_refused(rows, others, symmetric):
     message = "teacher must be of student's shape" if others != rows and rows else r"student must be \[2?M, D\]"

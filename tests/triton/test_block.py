@@ -58,9 +58,9 @@ def test_block_is_the_plain_formula(where, drop_path, ragged):
     plain.load_state_dict(ours.state_dict())
     x, dy = torch.randn(2, 4, 7, DIM).unbind()
     length = torch.tensor([7, 3, 1, 5]) if ragged else None
-    torch.manual_seed(3)
+    torch.manual_seed(1)  # of the four samples one keeps both branches, one neither, and one each of them
     draws = torch.rand(2, 4)
-    torch.manual_seed(3)  # what the plain one draws
+    torch.manual_seed(1)  # what the plain one draws
 
     def run(x):
         there = None if length is None else length.to(where.device)
@@ -106,6 +106,14 @@ def test_what_a_dropped_sample_computes_is_not_read(where, monkeypatch):
     draws = torch.tensor([[0.9, 0.9, 0.9], [0.9, 0.1, 0.9]])
     y = block(torch.randn(3, 4, DIM, device=where.device), draws=draws, fixed_shapes=True)
     assert y.isfinite().all()
+
+
+def test_samples_that_drop_attention_have_no_keys():
+    """By the first branch of each block; what they drop of the second changes nothing."""
+    factors = torch.tensor([[[2.0, 0, 2, 0], [0, 0, 2, 2]], [[0, 0, 0, 2], [2, 2, 2, 0]]])
+    assert attended(None, factors, 7).tolist() == [[7, 0, 7, 0], [0, 0, 0, 7]]
+    assert attended(torch.tensor([5, 4, 3, 2]), factors, 7).tolist() == [[5, 0, 3, 0], [0, 0, 0, 2]]
+    assert attended(None, factors, 7).dtype == torch.int64
 
 
 @pytest.mark.parametrize("what", ["hook", "subclass"])
