@@ -98,8 +98,8 @@ class FixedSelection(NamedTuple):
         """
         expected = "[B, L] (clips, tokens), True where a token is read"
         _checks.tensor("FixedSelection", "mask", mask, expected, dim=2, dtypes=(torch.bool,))
-        if capacity < 1:
-            _checks.fail("FixedSelection", "capacity", "at least 1", capacity)
+        if not isinstance(capacity, int) or capacity < 1:
+            _checks.fail("FixedSelection", "capacity", "an integer of at least 1", capacity)
         batch, length = mask.shape
         device = mask.device
         mask = mask.flatten()

@@ -61,7 +61,8 @@ def test_no_value_is_asked_for():
 @pytest.mark.parametrize("mask, capacity, error, message", [
     (torch.ones(2, 3), 4, TypeError, r"mask must be \[B, L\] .* of dtype bool, got float32 \[2, 3\]"),
     (torch.ones(6, dtype=torch.bool), 4, ValueError, r"mask must be \[B, L\]"),
-    (torch.ones(2, 3, dtype=torch.bool), 0, ValueError, "capacity must be at least 1, got int 0"),
+    (torch.ones(2, 3, dtype=torch.bool), 0, ValueError, "capacity must be an integer of at least 1, got int 0"),
+    (torch.ones(2, 3, dtype=torch.bool), 3.5, ValueError, "capacity must be an integer of at least 1, got float 3.5"),
 ])  # fmt: skip
 def test_errors(mask, capacity, error, message):
     with pytest.raises(error, match="FixedSelection: " + message):
