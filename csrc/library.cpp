@@ -38,6 +38,12 @@ STABLE_TORCH_LIBRARY(ATST_LIBRARY, m) {
   m.def("batch_norm_relu(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor out, Tensor mean, Tensor variance)");
   m.def("batch_norm_relu_backward(Tensor grad, Tensor x, Tensor mean, Tensor variance, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)");
 
+  // mlp: a product with its GELU, the gradient of it with the derivative; the two layers of both
+  m.def("linear_gelu(Tensor x, Tensor weight, Tensor bias, bool keep_h) -> (Tensor a, Tensor h)");
+  m.def("linear_gelu_backward(Tensor grad, Tensor weight2, Tensor h, Tensor bias) -> (Tensor dh, Tensor dbias)");
+  m.def("mlp(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, bool keep) -> (Tensor out, Tensor a, Tensor h)");
+  m.def("mlp_backward(Tensor grad, Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor a, Tensor h, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)");
+
   // batch_norm_relu in parts, for rows that are padded or of several processes
   m.def("column_moments(Tensor x, Tensor? count) -> Tensor");
   m.def("batch_norm_relu_apply(Tensor x, Tensor moments, Tensor weight, Tensor bias, Tensor? count, float eps) -> Tensor");

@@ -85,6 +85,20 @@ def _normal(z, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def gelu(z, PRECISE: tl.constexpr):
+    """z Phi(z)."""
+    _, b_tail, b_size = _normal(z, PRECISE)
+    return tl.maximum(z, 0.0) - b_size * b_tail
+
+
+@triton.jit
+def gelu_slope(z, PRECISE: tl.constexpr):
+    """Its derivative, Phi(z) + z phi(z)."""
+    b_e, b_tail, _ = _normal(z, PRECISE)
+    return tl.where(z > 0, 1.0 - b_tail, b_tail) + z * (b_e * 0.398942280)
+
+
+@triton.jit
 def bias_gelu_fwd_kernel(
     p_h, p_bias, p_out, rows, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr
 ):
@@ -95,8 +109,7 @@ def bias_gelu_fwd_kernel(
     m_ = (o_row < rows)[:, None] & m_column[None, :]
     b_bias = tl.load(p_bias + o_column, m_column, other=0.0).to(tl.float32)
     b_z = tl.load(p_h + o_, m_, other=0.0).to(tl.float32) + b_bias[None, :]
-    _, b_tail, b_size = _normal(b_z, PRECISE)
-    tl.store(p_out + o_, (tl.maximum(b_z, 0.0) - b_size * b_tail).to(p_out.dtype.element_ty), m_)
+    tl.store(p_out + o_, gelu(b_z, PRECISE).to(p_out.dtype.element_ty), m_)
 
 
 @triton.jit
@@ -115,8 +128,7 @@ def bias_gelu_bwd_kernel(
         m_ = (o_row < rows)[:, None] & m_column[None, :]
         b_grad = tl.load(p_grad + o_, m_, other=0.0).to(tl.float32)
         b_z = tl.load(p_h + o_, m_, other=0.0).to(tl.float32) + b_bias
-        b_e, b_tail, _ = _normal(b_z, PRECISE)
-        b_dh = b_grad * (tl.where(b_z > 0, 1.0 - b_tail, b_tail) + b_z * (b_e * 0.398942280))
+        b_dh = b_grad * gelu_slope(b_z, PRECISE)
         tl.store(p_dh + o_, b_dh.to(p_dh.dtype.element_ty), m_)
         b_sum += b_dh
     tl.store(p_parts + i_program.to(tl.int64) * D + o_column, tl.sum(b_sum, 0), m_column)

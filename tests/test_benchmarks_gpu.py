@@ -135,6 +135,18 @@ def test_cases_of_a_block_compute_one_thing(way):
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("way", ["teacher", "student", "step"])
+def test_cases_of_the_mlp_compute_one_thing(way):
+    torch.manual_seed(0)
+    inputs = bench_epilogue.make_mlp_inputs("tiny", "cpu", dtype=torch.float32)
+    results = []
+    for name in ("atst_fast", "atst_fast_unfused", "torch"):
+        torch.manual_seed(0)  # of the gradient that is sent
+        results.append(bench_epilogue.make_mlp(bench_epilogue.MLPS[name], name, way, inputs)())
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_patch_embed_cases_compute_one_thing(masked):
     torch.manual_seed(0)

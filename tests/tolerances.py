@@ -46,6 +46,9 @@ BIAS_GELU = 4e-7
 BIAS_GELU_DERIVATIVE = 2e-6
 GELU_HALF_TAIL = 2**-8  # one rounding to 8 bits, and a polynomial and an exponential of 2^-14 before it
 ADD_BRANCH = 3e-7  # three roundings
+# Two layers with a GELU between them: float32 sums of some hundred products of either sign, one inside the other,
+# relative to the largest value; gradients are up to four deep.
+MLP = 1e-5
 # Batch norm: a few roundings of the distance from the mean in units of the deviation, and that of the mean, which
 # weighs as much as the mean is deviations away from 0. Gradients: the sums of up to 32 rows are float32 as well.
 BATCH_NORM = 4e-7

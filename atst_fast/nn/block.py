@@ -106,13 +106,20 @@ class Block(nn.Module):
             x = select.take_queries(x.flatten(0, 1))
             of_attn, of_mlp = (None if f is None else select.queries.per_row(f) for f in (of_attn, of_mlp))
         x, entering = Stream(x, *self._last(mixed, self.attn.proj), of_attn).norm(self.norm2)
-        return Stream(x, *self._last(self.mlp.hidden(entering), self.mlp.fc2), of_mlp)
+        return Stream(x, *self._feed_forward(entering), of_mlp)
 
     def _factors(self, x: Tensor, draws: Tensor | None) -> Tensor | None:
         if not self.training or not self.drop_path:
             return None
         draws = torch.rand(2, len(x), device=x.device) if draws is None else draws
         return drop_path_factors([self.drop_path], draws.to(x.device, torch.float32)[None])[0]
+
+    def _feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``mlp(x)`` as ``_last`` gives it."""
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        if self.mlp.fuses():
+            return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight), fc2.bias
+        return self._last(self.mlp.hidden(x), fc2)
 
     def _last(self, hidden: Tensor, last: nn.Linear) -> tuple[Tensor, Tensor | None]:
         """``last(hidden)`` without its bias, and the bias; or dropped out, and None."""

@@ -14,6 +14,8 @@ class Mlp(nn.Module):
     the dropout after both layers.
     """
 
+    fused: bool = False  # ops.mlp in blocks of fixed shapes: off until a GPU has measured that it pays
+
     def __init__(
         self,
         in_features: int,
@@ -35,7 +37,15 @@ class Mlp(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """What ``fc2`` reads, ``[..., hidden_features]``."""
-        exact = isinstance(self.act, nn.GELU) and self.act.approximate == "none"
-        if exact and self.fc1.bias is not None and is_plain(self.fc1):
+        if self._reads_fc1():
             return self.drop(ops.bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias))
         return self.drop(self.act(self.fc1(x)))
+
+    def fuses(self) -> bool:
+        """Whether ``ops.mlp`` is to run both layers, and may: it has neither a dropout nor another activation."""
+        drops = self.training and not isinstance(self.drop, nn.Identity)
+        return self.fused and not drops and self._reads_fc1() and is_plain(self.fc2)
+
+    def _reads_fc1(self) -> bool:
+        exact = isinstance(self.act, nn.GELU) and self.act.approximate == "none"
+        return exact and self.fc1.bias is not None and is_plain(self.fc1)

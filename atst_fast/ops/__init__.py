@@ -13,6 +13,7 @@ from atst_fast.ops.epilogue import add_branch, bias_gelu
 from atst_fast.ops.frame_attention import frame_attention, frame_attention_packed
 from atst_fast.ops.frame_loss import frame_loss
 from atst_fast.ops.log_mel import log_mel
+from atst_fast.ops.mlp import mlp
 from atst_fast.ops.patch_embed import patch_embed
 from atst_fast.ops.rows import select_rows
 
@@ -31,6 +32,7 @@ __all__ = [
     "frame_attention_packed",
     "frame_loss",
     "log_mel",
+    "mlp",
     "patch_embed",
     "select_rows",
 ]

@@ -14,7 +14,7 @@ _PARTS = {
     "attention": r"frame_attention|scaled_dot_product|flash|fmha|softmax",
     "patch_embed": r"patch_embed|order_kernel",
     "add_norm": r"add_norm|add_branch|layer_?norm|partial_sums",
-    "gelu": r"gelu",
+    "gelu": r"(?<!linear_)gelu",
     "heads": r"batch_?norm|moments_kernel|select_rows",
     "loss": r"frame_loss|normalize|vector_norm",
     "optimizer": r"adamw|ema_|norm_kernel|multi_tensor|_foreach_",

@@ -1,4 +1,4 @@
-"""What follows the matrix products of a block: bias and GELU, and bias and residual.
+"""What follows the matrix products of a block: bias and GELU, and bias and residual; and GELU with its products.
 
 In bfloat16 at the rows of a training step: both views of 144 clips of 250 tokens. Beside it the same in calls of torch,
 and these compiled.
@@ -26,7 +26,16 @@ def our_branch(x, y, bias, scale):
     return ops.add_branch(x, y, bias, scale=scale)
 
 
+def unfused_mlp(x, weight1, bias1, weight2):
+    return F.linear(ops.bias_gelu(F.linear(x, weight1), bias1), weight2)
+
+
+def torch_mlp(x, weight1, bias1, weight2):
+    return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2)
+
+
 GELUS = {"atst_fast": ops.bias_gelu, "torch": torch_gelu, "torch_compiled": torch_gelu}
+MLPS = {"atst_fast": ops.mlp, "atst_fast_unfused": unfused_mlp, "torch": torch_mlp, "torch_compiled": torch_mlp}
 BRANCHES = {"atst_fast": our_branch, "torch": torch_branch, "torch_compiled": torch_branch}
 
 
@@ -36,6 +45,23 @@ def make_inputs(size, device, *, branch, dtype=torch.bfloat16):
     shapes = [(clips, tokens, width)] * (2 if branch else 1) + [(width,)]
     inputs = [torch.randn(s, device=device).to(dtype).requires_grad_() for s in shapes]
     return [*inputs, (torch.arange(clips, device=device) % 20 > 0) / 0.95] if branch else inputs
+
+
+def make_mlp_inputs(size, device, *, dtype=torch.bfloat16):
+    clips, tokens, width = SIZES[size]
+    shapes = (clips, tokens, width), (4 * width, width), (4 * width,), (width, 4 * width)
+    return [(torch.randn(s, device=device) / s[-1] ** 0.5).to(dtype).requires_grad_() for s in shapes]
+
+
+def make_mlp(f, provider, way, inputs):
+    """The forward pass, of "teacher" without a graph, of "student" with one; or "step": that and the backward pass."""
+    call = timing.compiled(f) if provider == "torch_compiled" else f
+    if way == "teacher":
+        return lambda: torch.no_grad()(call)(*inputs)
+    if way == "student":
+        return lambda: call(*inputs)
+    grad = torch.randn_like(inputs[0])
+    return lambda: torch.autograd.grad(call(*inputs), inputs, grad)
 
 
 def make(f, provider, way, inputs):
@@ -66,3 +92,13 @@ def test_add_branch(measure, size, provider, way):
     inputs = make_inputs(size, "cuda", branch=True)
     moved = (3 if way == "forward" else 2) * inputs[0].numel() * inputs[0].element_size()
     measure(make(BRANCHES[provider], provider, way, inputs), bytes=moved)
+
+
+@pytest.mark.benchmark(group="mlp")
+@pytest.mark.parametrize("way", ["teacher", "student", "step"])
+@pytest.mark.parametrize("provider", MLPS)
+@pytest.mark.parametrize("size", SIZES)
+def test_mlp(measure, size, provider, way):
+    inputs = make_mlp_inputs(size, "cuda")
+    products = 2 * inputs[0].numel() * len(inputs[1])
+    measure(make_mlp(MLPS[provider], provider, way, inputs), flops=products * (6 if way == "step" else 2))

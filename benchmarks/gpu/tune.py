@@ -168,6 +168,23 @@ def bias_gelu_backward(s: Size) -> Case:
     return Case(lambda c: k.bias_gelu_backward(h, h, row, config=c), k.BACKWARD_CONFIGS, k.BACKWARD)
 
 
+def linear_gelu(s: Size) -> Case:
+    """With h, as a training step keeps it."""
+    from atst_fast.kernels import linear_gelu as k
+
+    x, weight, row = s.random(s.rows, s.dim), s.random(4 * s.dim, s.dim), s.random(4 * s.dim)
+    return Case(lambda c: k.linear_gelu(x, weight, row, True, config=c), k.CONFIGS, k.choose(x, 4 * s.dim))
+
+
+def linear_gelu_backward(s: Size) -> Case:
+    from atst_fast.kernels import linear_gelu as k
+
+    grad, weight2, row = s.random(s.rows, s.dim), s.random(s.dim, 4 * s.dim), s.random(4 * s.dim)
+    h = s.random(s.rows, 4 * s.dim)
+    call = lambda c: k.linear_gelu_backward(grad, weight2, h, row, config=c)  # noqa: E731
+    return Case(call, k.CONFIGS, k.choose(grad, 4 * s.dim))
+
+
 def batch_norm_relu(s: Size) -> Case:
     """Moments, then the values."""
     from atst_fast.kernels import batch_norm_relu as k
@@ -241,6 +258,8 @@ CASES: dict[str, Callable[[Size], Case]] = {
         add_norm_backward,
         bias_gelu,
         bias_gelu_backward,
+        linear_gelu,
+        linear_gelu_backward,
         batch_norm_relu,
         batch_norm_relu_backward,
         frame_loss,
