@@ -17,14 +17,14 @@ def select_rows(x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     Args:
         x: ``[R, D]``, float32, bfloat16, float16 or float64.
         rows: int64 ``[C]``, each number from 0 to R - 1 at most once, or -1. inverse: int64 ``[R]``, the place of each
-            row of x in ``rows``, or -1 (``nn.FixedSelection`` has both). That they belong together is not checked; on a
-            GPU a number past R - 1 gives a row of NaN.
+            row of x in ``rows``, or -1 (``nn.FixedSelection`` has both). That they belong together is not checked. A
+            number past R - 1 is refused on a CPU; on a GPU, where nobody looks, it gives a row of NaN.
 
     Returns ``[C, D]`` in the dtype of x: copies, exact to the bit. Differentiable in x, any number of times; rows that
     are not listed get zeros.
 
     Raises:
-        TypeError: another dtype. ValueError: a shape or a device that does not fit.
+        TypeError: another dtype. ValueError: a shape, a device or a number that does not fit.
     """
     _checks.tensor(_OP, "x", x, "[R, D] (rows, width)", dim=2, dtypes=_DTYPES)
     _checks.tensor(_OP, "rows", rows, "[C] (the rows to take, or -1)", dim=1, dtypes=(torch.int64,))
@@ -33,6 +33,10 @@ def select_rows(x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     if len(inverse) != len(x):
         _checks.fail(_OP, "inverse", expected, inverse)
     _checks.same_device(_OP, "x", x, rows=rows, inverse=inverse)
+    if rows.device.type == "cpu" and len(rows) and not torch.compiler.is_compiling():
+        last = int(rows.max())
+        if last >= len(x):
+            raise ValueError(f"{_OP}: rows must be numbers up to {len(x) - 1}, the last row of x, or -1, got {last}")
     if x.dtype == torch.float64:
         return reference.select_rows(x, rows, inverse)
     return torch.ops.atst_fast.select_rows(x, rows, inverse)

@@ -67,6 +67,7 @@ ERRORS = [
     ({"x": X.int()}, TypeError, "x must be .* of dtype float32 or .*, got int32"),
     ({"rows": ROWS.int()}, TypeError, r"rows must be \[C\] .* of dtype int64, got int32"),
     ({"rows": ROWS[None]}, ValueError, r"rows must be \[C\]"),
+    ({"rows": ROWS + 1}, ValueError, "rows must be numbers up to 2, the last row of x, or -1, got 3"),
     ({"inverse": INVERSE[:2]}, ValueError, r"inverse must be \[R\] = \[3\] .*, got int64 \[2\]"),
     ({"inverse": INVERSE.to("meta")}, ValueError, "inverse must be on cpu, as x is"),
 ]

@@ -40,7 +40,8 @@ def test_strided_rows_and_what_is_not_listed(triton_ops):
 
 def test_a_number_past_the_rows_is_not_read_and_shows(triton_ops):
     x, inverse = triton_ops.to(torch.ones(4, 8)), triton_ops.to(torch.full((4,), -1))
-    y = ops.select_rows(x, triton_ops.to(torch.tensor([1, 4, -1])), inverse)
+    # the public function refuses it where it can look, on a CPU
+    y = torch.ops.atst_fast.select_rows(x, triton_ops.to(torch.tensor([1, 4, -1])), inverse)
     assert (y[0] == 1).all()
     assert y[1].isnan().all()
     assert (y[2] == 0).all()
