@@ -185,6 +185,22 @@ def test_a_sequence_longer_than_promised_is_nan(triton_ops):
     assert y[20:].isnan().all()
 
 
+def test_offsets_past_the_rows_end_with_them(triton_ops):
+    q, kv, op = torch.randn(10, 64), torch.randn(10, 128), torch.ops.atst_fast.frame_attention_packed
+    past, end = torch.tensor([0, 6, 15, 20]), torch.tensor([0, 6, 10, 10])
+    y, z = (op(*map(triton_ops.to, (q, kv, n, n)), 20, 20, 1, 0.2)[0] for n in (past, end))
+    assert torch.equal(y, z)
+
+
+def test_rows_far_apart(triton_ops):
+    """More than 2^31 elements from the first row of a tile to its last (in memory of which little is touched)."""
+    far, width = 3 * 2**23, 3 * 16
+    memory = torch.empty(127 * far + width, dtype=torch.bfloat16, device=triton_ops.device)
+    qkv = memory.as_strided((1, 128, width), (0, far, 1)).copy_(torch.randn(1, 128, width))
+    near = qkv.clone(memory_format=torch.contiguous_format)
+    assert torch.equal(ops.frame_attention(qkv, 1), ops.frame_attention(near, 1))
+
+
 @pytest.mark.parametrize("tokens", [130, 260])
 def test_the_same_bits_twice_and_for_any_grid(triton_ops, monkeypatch, tokens):
     """A row's result depends neither on the other clips nor on whether one program walks over the tiles of a head."""
