@@ -130,11 +130,15 @@ class FixedRows(NamedTuple):
     @classmethod
     def build(cls, mask: Tensor, token_lengths: Tensor | None, capacity: int) -> "FixedRows":
         """From a bool mask ``[B, L]`` and the valid tokens int64 ``[B]`` on its device, or None: all. ``capacity``: how
-        many tokens are masked and valid at most."""
+        many tokens are masked and valid at most. A length that is not from 0 to L makes the count -1."""
         if token_lengths is None:
             return cls(FixedSelection.build(mask, capacity), None)
-        valid = torch.arange(mask.shape[1], device=mask.device) < token_lengths[:, None]
-        return cls(FixedSelection.build(mask & valid, capacity), FixedSelection.build(valid, max(valid.numel(), 1)))
+        length = mask.shape[1]
+        valid = torch.arange(length, device=mask.device) < token_lengths[:, None]
+        queries = FixedSelection.build(mask & valid, capacity)
+        impossible = ((token_lengths < 0) | (token_lengths > length)).any()
+        queries = queries._replace(count=queries.count.masked_fill(impossible, -1))
+        return cls(queries, FixedSelection.build(valid, max(valid.numel(), 1)))
 
     @property
     def count(self) -> Tensor:  # type: ignore[override]

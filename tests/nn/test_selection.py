@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from atst_fast.nn import FixedSelection, Selection
+from atst_fast.nn import FixedRows, FixedSelection, Selection
 
 
 def make(batch, length, capacity, share=0.5):
@@ -43,6 +43,12 @@ def test_more_than_fits_is_said_and_stays_within_the_lists():
     assert (fixed.inverse >= 0).sum() == 25
     assert fixed.cu_seqlens_q.max() == 25
     assert (fixed.cu_seqlens_q.diff() >= 0).all()
+
+
+@pytest.mark.parametrize("lengths, count", [([3, 7], 10), ([0, 7], 7), ([-1, 7], -1), ([3, 8], -1)])
+def test_a_length_that_no_clip_has_is_no_count(lengths, count):
+    rows = FixedRows.build(torch.ones(2, 7, dtype=torch.bool), torch.tensor(lengths), 14)
+    assert rows.count.item() == count
 
 
 def test_factors_of_the_clips_for_each_row():
