@@ -43,7 +43,16 @@ from atst_fast.kernels.frame_attention_backward_tiles import (
     queries,
     weights,
 )
-from atst_fast.kernels.sequences import architecture, input_precision, load_rows, padded, rows_of, sequence, store_rows
+from atst_fast.kernels.sequences import (
+    architecture,
+    family,
+    input_precision,
+    load_rows,
+    padded,
+    rows_of,
+    sequence,
+    store_rows,
+)
 
 # from this row stride on a tile's offsets would not fit in 32 bits
 _FAR = 2**31 // 256
@@ -52,7 +61,8 @@ _FAR = 2**31 // 256
 class Config(NamedTuple):
     """``one_program`` per head: ``own`` queries (all there are) against ``other`` keys at a time, and with ``rounded``
     dS made of the rounded P, which takes fewer registers. Else two kernels: ``own`` queries or keys of a program
-    against ``other`` of the other kind at a time. ``archs``: where it keeps everything in registers."""
+    against ``other`` of the other kind at a time. ``archs``: where (`family`) it keeps everything in registers, and
+    in shared memory."""
 
     one_program: bool
     own: int
@@ -60,7 +70,7 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     rounded: bool = False
-    archs: tuple[int, ...] = (80, 90, 100)
+    archs: tuple[int, ...] = (80, 86, 90, 100)
 
 
 # (bytes of a value, columns of a tile): what may run, the preferred first
@@ -68,33 +78,33 @@ _CONFIGS = {
     (2, 32): (
         Config(True, 64, 64, 4, 2),
         Config(True, 128, 64, 8, 2),
-        Config(True, 256, 64, 8, 2, archs=(80, 90)),
+        Config(True, 256, 64, 8, 2, archs=(80, 86, 90)),
         Config(True, 256, 32, 8, 2, True, (100,)),
         Config(False, 64, 64, 4, 2),
     ),
     (2, 64): (
         Config(True, 64, 64, 4, 2, archs=(90, 100)),
-        Config(True, 64, 32, 4, 2, archs=(80,)),
+        Config(True, 64, 32, 4, 2, archs=(80, 86)),
         Config(True, 128, 64, 8, 2, archs=(90, 100)),
-        Config(True, 128, 32, 8, 2, archs=(80,)),
+        Config(True, 128, 32, 8, 2, archs=(80, 86)),
         Config(True, 256, 64, 8, 2, archs=(90,)),
         Config(True, 256, 64, 8, 3, archs=(90,)),
         Config(True, 256, 64, 8, 2, True, (100,)),
-        Config(True, 256, 32, 8, 2, True, (80,)),
+        Config(True, 256, 32, 8, 2, True, (80, 86)),
         Config(False, 128, 64, 8, 2, archs=(90, 100)),
         Config(False, 64, 64, 4, 2, archs=(90, 100)),
         Config(False, 64, 32, 4, 2),
     ),
     (2, 128): (
-        Config(True, 128, 64, 8, 2),
+        Config(True, 128, 64, 8, 2, archs=(80, 90, 100)),
         Config(False, 128, 64, 8, 2, archs=(90, 100)),
         Config(False, 64, 32, 4, 2, archs=(90, 100)),
-        Config(False, 64, 32, 8, 2, archs=(80,)),
+        Config(False, 64, 32, 8, 2, archs=(80, 86)),
     ),
-    (2, 256): (Config(False, 64, 32, 8, 2),),
+    (2, 256): (Config(False, 64, 32, 8, 2, archs=(80, 90, 100)), Config(False, 32, 32, 8, 2, archs=(86,))),
     (4, 64): (Config(False, 64, 32, 8, 2, archs=(90, 100)), Config(False, 32, 16, 4, 2)),
     (4, 128): (Config(False, 32, 32, 8, 2),),
-    (4, 256): (Config(False, 32, 16, 8, 2),),
+    (4, 256): (Config(False, 32, 16, 8, 2, archs=(80, 90, 100)), Config(False, 16, 16, 8, 2, archs=(86,))),
 }
 
 
@@ -185,8 +195,7 @@ def frame_attention_bwd_kernel(
 def candidates(head_dim: int, dtype: torch.dtype, max_q: int, arch: int) -> list[Config]:
     """The configurations for such heads and sequences of up to ``max_q`` queries, the preferred first."""
     tile = dtype.itemsize, min(n for size, n in _CONFIGS if size == dtype.itemsize and n >= head_dim)
-    arch = min(arch // 10 * 10, 100)
-    return [c for c in _CONFIGS[tile] if arch in c.archs and (max_q <= c.own or not c.one_program)]
+    return [c for c in _CONFIGS[tile] if family(arch) in c.archs and (max_q <= c.own or not c.one_program)]
 
 
 def frame_attention_backward(

@@ -89,11 +89,12 @@ def test_every_kernel_is_compiled():
 def test_every_gpu_has_a_configuration():
     """For each kind of GPU, dtype, head dim and length, one that is compiled for that kind."""
     from atst_fast.kernels import frame_attention as forward
+    from atst_fast.kernels import frame_attention_backward as backward
     from atst_fast.kernels.sequences import family
 
     kinds = {80: 80, 86: 86, 87: 80, 89: 86, 90: 90, 100: 100, 103: 100, 110: 100, 120: 86, 121: 86}
     assert {arch: family(arch) for arch in kinds} == kinds
-    for kernels in (forward,):
+    for kernels in (forward, backward):
         for arch, kind in kinds.items():
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 for head_dim in (1, 32, 33, 64, 80, 128, 200, 256):
