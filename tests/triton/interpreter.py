@@ -116,11 +116,14 @@ def _check_accesses(interpreter):
             if element.is_floating():
                 undefined.fill(0x7FC0 if undefined.dtype == np.uint16 else np.nan)
             other = interpreter.TensorHandle(undefined, element)
-        return load(self, ptrs, mask, other, *rest)
+        return load(self, ptrs, _as_bool(mask), other, *rest)
 
     def checked_store(self, ptrs, value, mask, *rest):
         _check("writes", ptrs, mask)
-        return store(self, ptrs, value, mask, *rest)
+        return store(self, ptrs, value, _as_bool(mask), *rest)
+
+    def _as_bool(mask):
+        return interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
 
     interpreter.GridExecutor._init_args_hst = known
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store

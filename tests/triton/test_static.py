@@ -12,9 +12,12 @@ import torch
 from tests.cuda import static
 from tests.cuda.static import ROOT
 
-pytest.importorskip("triton", reason="needs triton")
+triton = pytest.importorskip("triton", reason="needs triton")
 if static.cuobjdump() is None:
     pytest.skip("needs cuobjdump", allow_module_level=True)
+# kernels that fill the registers are laid out anew by each compiler; another one's may spill
+if not triton.__version__.startswith("3.6."):
+    pytest.skip(f"holds the code of triton 3.6, this is {triton.__version__}", allow_module_level=True)
 
 from tests.triton import launches
 from tests.triton.compile import compiled, wanted
