@@ -15,13 +15,14 @@ from tests.cuda.static import ROOT
 triton = pytest.importorskip("triton", reason="needs triton")
 if static.cuobjdump() is None:
     pytest.skip("needs cuobjdump", allow_module_level=True)
-# kernels that fill the registers are laid out anew by each compiler; another one's may spill
-if not triton.__version__.startswith("3.6."):
-    pytest.skip(f"holds the code of triton 3.6, this is {triton.__version__}", allow_module_level=True)
 
 from tests.triton import launches
 from tests.triton.compile import compiled, wanted
 
+# kernels that fill the registers are laid out anew by each compiler; another one's may spill
+pytestmark = pytest.mark.skipif(
+    not triton.__version__.startswith("3.6."), reason=f"holds the code of triton 3.6, this is {triton.__version__}"
+)
 MODULES = sorted(p.stem for p in Path(launches.__file__).parent.glob("[!_]*.py"))
 MOST_SHARED = {
     80: 163 << 10,
