@@ -2,6 +2,7 @@
 
 import ast
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from tests.cuda import static
 from tests.cuda.static import ROOT
 
-triton = pytest.importorskip("triton", reason="needs triton")
+pytest.importorskip("triton", reason="needs triton")
 if static.cuobjdump() is None:
     pytest.skip("needs cuobjdump", allow_module_level=True)
 
@@ -20,8 +21,9 @@ from tests.triton import launches
 from tests.triton.compile import compiled, wanted
 
 # kernels that fill the registers are laid out anew by each compiler; another one's may spill
+COMPILER = sys.modules["triton"].__version__
 pytestmark = pytest.mark.skipif(
-    not triton.__version__.startswith("3.6."), reason=f"holds the code of triton 3.6, this is {triton.__version__}"
+    not COMPILER.startswith("3.6."), reason=f"holds the code of triton 3.6, this is {COMPILER}"
 )
 MODULES = sorted(p.stem for p in Path(launches.__file__).parent.glob("[!_]*.py"))
 MOST_SHARED = {
