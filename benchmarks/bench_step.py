@@ -93,7 +93,8 @@ def test_step(benchmark, provider, size):
 
 
 def our_front_end():
-    return FrontEnd(bank_size=64)
+    front_end = FrontEnd(bank_size=64)
+    return lambda waves: front_end(waves)[:4]  # without the capacity, which a CPU has no use for
 
 
 def official_clips():
