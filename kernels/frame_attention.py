@@ -31,6 +31,7 @@ from atst_fast.kernels.sequences import (
     family,
     input_precision,
     load_rows,
+    near,
     padded,
     rows_of,
     sequence,
@@ -38,8 +39,6 @@ from atst_fast.kernels.sequences import (
 )
 
 _LOG2_E = 1.4426950408889634
-# from this row stride on a tile's offsets would not fit in 32 bits
-_FAR = 2**31 // 256
 # heads of all sequences from which on there are programs enough without cutting a head into tiles
 _MANY = 512
 
@@ -300,7 +299,7 @@ def _launch(q, k, v, out, lse, lengths, cu_q, cu_k, shape, num_heads, scale, att
     if out.numel() == 0:
         return
     sequences, tokens, max_q, max_k = shape
-    q, k, v = (x if x.stride(0) < _FAR else x.contiguous() for x in (q, k, v))
+    q, k, v = map(near, (q, k, v))
     head_dim = q.shape[1] // num_heads
     config = config or candidates(head_dim, q.dtype, max_k, architecture())[0]
     tiles = max(triton.cdiv(max_q, config.block_q), 1)

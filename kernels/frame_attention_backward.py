@@ -48,14 +48,12 @@ from atst_fast.kernels.sequences import (
     family,
     input_precision,
     load_rows,
+    near,
     padded,
     rows_of,
     sequence,
     store_rows,
 )
-
-# from this row stride on a tile's offsets would not fit in 32 bits
-_FAR = 2**31 // 256
 
 
 class Config(NamedTuple):
@@ -248,7 +246,7 @@ def _launch(grad, q, k, v, out, lse, results, shape, num_heads, scale, attend, c
     dq, dk, dv = results
     if dq.numel() == 0 and dk.numel() == 0:
         return
-    q, k, v = (x if x.stride(0) < _FAR else x.contiguous() for x in (q, k, v))
+    q, k, v = map(near, (q, k, v))
     head_dim = q.shape[1] // num_heads
     config = config or candidates(head_dim, q.dtype, max_q, architecture())[0]
     heads = num_heads * (sequences if cu_q is None else sequences + 1)

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_FAR = 2**31 // 256  # of the longest tile
+
 
 def padded(head_dim: int) -> int:
     """The columns of a tile: a power of two that the tensor cores take."""
@@ -33,6 +35,11 @@ def rows_of(x: Tensor) -> Tensor:
     """``[B, L, W]`` as ``[B*L, W]``, for rows of one stride whatever an axis of one element says of its own."""
     batch, tokens, width = x.shape
     return x.as_strided((batch * tokens, width), (x.stride(1) if tokens > 1 else x.stride(0), 1))
+
+
+def near(x: Tensor) -> Tensor:
+    """``x``, or a copy of it where its rows lie so far apart that a tile's offsets would not fit in 32 bits."""
+    return x if x.stride(0) < _FAR else x.contiguous()
 
 
 @triton.jit
