@@ -19,8 +19,8 @@ ARROWS = {
     "nn": {"ops"},
     "optim": {"ops"},
     "models": {"ops", "nn"},
-    "train": {"ops", "nn", "models", "optim"},
-    "integrations": {"ops", "nn", "models", "optim", "train"},
+    "integrations": {"ops", "nn", "models", "optim"},
+    "train": {"ops", "nn", "models", "optim", "integrations"},
 }
 
 
