@@ -2,13 +2,15 @@
 
 ``step-00000500.safetensors`` holds the weights under the keys of the official checkpoints
 (``model.student.encoder...``, ``model.teacher.projector...``) and the configuration as JSON in its metadata;
-``step-00000500.state.pt`` holds the rest (optimizer, front end, random numbers). The weights are written last: where
-they are, the checkpoint is complete.
+``step-00000500.state.pt`` holds the rest (optimizer, front end, random numbers), and for each further process of the
+run ``step-00000500.1.state.pt`` what is its own of that. The weights are written last: where they are, the checkpoint
+is complete.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
@@ -53,8 +55,9 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def state_path(weights: Path) -> Path:
-    return weights.with_suffix(".state.pt")
+def state_path(weights: Path, rank: int = 0) -> Path:
+    """Where the state of process ``rank`` lies that belongs to ``weights``."""
+    return weights.with_suffix(f".{rank}.state.pt" if rank else ".state.pt")
 
 
 def save(
@@ -65,25 +68,42 @@ def save(
     ``weights`` are the model's (keys without ``model.``); ``state`` holds tensors, numbers, strings, lists and dicts.
     Where the disk is full or the folder cannot be written, UserError; what was there before stays.
     """
-    folder = run / FOLDER
-    path = folder / f"step-{step:08d}.safetensors"
+    path = _path(run, step)
     before = checkpoints(run)
-    stays = f"the last good checkpoint is {before[-1]}" if before else "there is no checkpoint yet"
     tensors = {PREFIX + k: v.detach().contiguous().cpu() for k, v in weights.items()}
     metadata = {"format": "pt", "step": str(step), "config": json.dumps(config)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _explain(run, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(state_path(path), lambda p: _save_state(p, {"step": step, **state}))
         write_atomically(path, lambda p: _save_weights(p, tensors, metadata, like=state_path(path)))
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot write the checkpoint {path}: {reason}; {stays}") from error
     for old in [p for p in before if p != path][: -(keep - 1) or None]:
         old.unlink()
-        state_path(old).unlink(missing_ok=True)
-    for stray in [*folder.glob("*" + TEMPORARY), *(p for p in folder.glob("*.state.pt") if _orphan(p))]:
-        stray.unlink()  # what a killed process left
+    for stray in [*path.parent.glob("*" + TEMPORARY), *(p for p in path.parent.glob("*.state.pt") if _orphan(p))]:
+        stray.unlink()  # what belonged to the old ones, and what a killed process left
     return path
+
+
+def save_share(run: Path, step: int, rank: int, state: dict[str, Any]) -> None:
+    """Write what process ``rank`` (not 0) adds to the checkpoint of ``step``, which ``save`` completes afterwards."""
+    path = state_path(_path(run, step), rank)
+    with _explain(run, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda p: _save_state(p, {"step": step, **state}))
+
+
+def _path(run: Path, step: int) -> Path:
+    return run / FOLDER / f"step-{step:08d}.safetensors"
+
+
+@contextlib.contextmanager
+def _explain(run: Path, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        before = checkpoints(run)
+        stays = f"the last good checkpoint is {before[-1]}" if before else "there is no checkpoint yet"
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot write the checkpoint {path}: {reason}; {stays}") from error
 
 
 def load(path: Path) -> Loaded:
@@ -104,9 +124,9 @@ def load(path: Path) -> Loaded:
         raise UserError(f"{path} was not written by atst-fast pretrain: no configuration in its metadata") from error
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """What ``save`` wrote beside the weights ``path``. Runs no code from the file."""
-    path = state_path(path)
+def load_state(path: Path, rank: int = 0) -> dict[str, Any]:
+    """What ``save`` (of process ``rank`` ``save_share``) wrote beside the weights ``path``. Runs no code from it."""
+    path = state_path(path, rank)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -205,4 +225,4 @@ class _Sink:
 
 
 def _orphan(state: Path) -> bool:
-    return not state.with_name(state.name.replace(".state.pt", ".safetensors")).exists()
+    return not state.with_name(f"{state.name.split('.')[0]}.safetensors").exists()

@@ -1,0 +1,105 @@
+"""Training in several processes, as ``torchrun`` starts them: who they are, and what they have to agree on."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from atst_fast.train.config import UserError
+from atst_fast.train.device import pick_device
+
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class World:
+    """The processes of a run; this one is number ``rank`` of ``size`` and computes on ``device``.
+
+    Every process calls the same methods in the same order. With one process they do nothing.
+    """
+
+    def __init__(self, device: torch.device, rank: int = 0, size: int = 1):
+        self.device, self.rank, self.size = device, rank, size
+        # of its own, on the CPU: its operations never mix with those of the gradients, nor wait for a GPU
+        self._hosts = dist.new_group(backend="gloo") if size > 1 else None
+        self._vote: tuple[Tensor, dist.Work] | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes what is written once: logs, weights."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self._hosts is not None:
+            dist.barrier(self._hosts)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of all processes' ``x``."""
+        if self.size == 1:
+            return x
+        total = x.clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def largest(self, x: int) -> int:
+        """The largest of all processes' ``x``; the host waits for it."""
+        if self._hosts is None:
+            return x
+        both = torch.tensor(x)
+        dist.all_reduce(both, dist.ReduceOp.MAX, group=self._hosts)
+        return int(both)
+
+    def vote(self, number: int) -> int:
+        """The largest ``number`` that a process gave: of this call with one process, with several of the one before.
+
+        A signal reaches the processes at different moments, and they have to stop at the same step. Nobody waits: what
+        they said a step ago has long arrived.
+        """
+        if self._hosts is None:
+            return number
+        before, ballot = self._vote, torch.tensor(number)
+        work = dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._hosts, async_op=True)
+        assert work is not None  # it is asynchronous
+        self._vote = ballot, work
+        if before is None:
+            return 0
+        before[1].wait()
+        return int(before[0])
+
+
+@contextlib.contextmanager
+def join(device: str) -> Iterator[World]:
+    """The world of this process: that of ``torchrun``, whose variables the environment has then, or itself alone.
+
+    ``device`` as ``--device``: under torchrun each process takes the GPU of its number on this machine.
+    """
+    given = [name for name in _VARIABLES if name in os.environ]
+    if "RANK" not in given and "WORLD_SIZE" not in given:
+        yield World(pick_device(device))
+        return
+    if missing := [name for name in _VARIABLES if name not in given]:
+        raise UserError(f"the environment has {', '.join(given)} but not {', '.join(missing)}: start it with torchrun")
+    rank, local, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    own = _own_device(device, local)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
+    try:
+        yield World(own, rank, size)
+    finally:
+        dist.destroy_process_group()
+
+
+def _own_device(name: str, local: int) -> torch.device:
+    device = pick_device(name)
+    if device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise UserError(f"--device must be auto, cpu or cuda under torchrun, which gives each process a GPU, got {name}")
+    if local >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        raise UserError(f"--nproc-per-node must be at most {gpus}, the GPUs of this machine: there is none for {local}")
+    return torch.device("cuda", local)
