@@ -1,7 +1,8 @@
 """Fast kernels, drop-in modules and a training loop for Audio Teacher-Student Transformers.
 
 ``atst_fast.ops`` functions, ``atst_fast.nn`` drop-in modules, ``atst_fast.models`` ATST-Frame,
-``atst_fast.optim`` AdamW + teacher update in one pass, ``build_info()`` who runs each operator here, and why.
+``atst_fast.optim`` AdamW + teacher update in one pass, ``load_checkpoint()`` encoders of anybody's files,
+``build_info()`` who runs each operator here, and why.
 """
 
 import importlib
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from atst_fast import models, nn, ops, optim
+    from atst_fast.integrations import Checkpoint, CheckpointError, load_checkpoint
     from atst_fast.ops import build_info
 
 try:
@@ -17,13 +19,30 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "build_info", "models", "nn", "ops", "optim"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "__version__",
+    "build_info",
+    "load_checkpoint",
+    "models",
+    "nn",
+    "ops",
+    "optim",
+]
+# name -> the module that it is imported from
+_HOMES = {
+    "build_info": "ops",
+    "Checkpoint": "integrations",
+    "CheckpointError": "integrations",
+    "load_checkpoint": "integrations",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import the parts when they are first asked for: without torch, the command line answers at once."""
-    if name == "build_info":
-        return importlib.import_module("atst_fast.ops").build_info
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"atst_fast.{_HOMES[name]}"), name)
     if name in __all__:
         return importlib.import_module(f"atst_fast.{name}")
     raise AttributeError(f"module 'atst_fast' has no attribute {name!r}")

@@ -1,1 +1,6 @@
 """Bridges to other code bases."""
+
+from atst_fast.integrations.checkpoint import Checkpoint, load_checkpoint
+from atst_fast.models.weights import CheckpointError
+
+__all__ = ["Checkpoint", "CheckpointError", "load_checkpoint"]

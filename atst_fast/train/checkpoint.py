@@ -23,7 +23,7 @@ from atst_fast.train.config import UserError
 from atst_fast.train.files import TEMPORARY, write_atomically
 
 if TYPE_CHECKING:
-    from atst_fast.models import FrameEncoder
+    from atst_fast.integrations import Checkpoint
 
 FOLDER = "checkpoints"
 PREFIX = "model."
@@ -36,13 +36,6 @@ class Loaded(NamedTuple):
     weights: dict[str, Tensor]
     config: dict[str, Any]
     step: int
-
-
-class LoadedEncoder(NamedTuple):
-    """An encoder in eval mode and the arguments of ``nn.LogMelSpectrogram`` that it was trained with."""
-
-    encoder: "FrameEncoder"
-    front_end: dict[str, Any]
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -155,36 +148,17 @@ def run_of(path: Path) -> Path:
     return folder.parent if folder.name == FOLDER else folder
 
 
-def load_encoder(path: Path | str, which: str = "teacher") -> LoadedEncoder:
-    """The encoder of a checkpoint or of a run's last one, in eval mode; ``which`` is "teacher" or "student"."""
-    from atst_fast.models import FrameEncoder
-    from atst_fast.nn import LogMelSpectrogram
+def load_encoder(path: Path | str, which: str = "teacher") -> "Checkpoint":
+    """`atst_fast.load_checkpoint` of a file, or of the last checkpoint of a run's folder; UserError where there is no
+    such encoder."""
+    from atst_fast.integrations import CheckpointError, load_checkpoint
 
-    if which not in ("teacher", "student"):
-        raise ValueError(f"load_encoder: which must be 'teacher' or 'student', got {which!r}")
-    loaded = load(Path(path))
-    prefix = f"{PREFIX}{which}.encoder."
-    weights = {k.removeprefix(prefix): v for k, v in loaded.weights.items() if k.startswith(prefix)}
+    path = Path(path)
+    is_run = path.is_dir() and not (path / "config.json").exists()
     try:
-        settings = {k: v for k, v in loaded.config["model"].items() if k not in ("hidden", "out", "symmetric")}
-        encoder = FrameEncoder(**(settings | {"patch": tuple(settings["patch"])}))
-        front_end = dict(loaded.config["front_end"])
-        LogMelSpectrogram(**front_end)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: its configuration describes no encoder ({error!r})") from error
-    if front_end.get("n_mels", encoder.n_mels) != encoder.n_mels:
-        bands = f"{encoder.n_mels} mel bands in the encoder, {front_end['n_mels']} in the front end"
-        raise UserError(f"{path}: its configuration contradicts itself: {bands}")
-    try:
-        encoder.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())  # torch lists every key
-        reason = reason if len(reason) <= 300 else f"{reason[:300]} ..."
-        raise UserError(f"{path}: its weights do not fit its own configuration: {reason}") from error
-    broken = [k for k, v in weights.items() if not v.isfinite().all()]
-    if broken:
-        raise UserError(f"{path}: {len(broken)} of its weights are not finite, the first one {broken[0]}")
-    return LoadedEncoder(encoder.eval().requires_grad_(False), front_end)
+        return load_checkpoint(find(path) if is_run else path, cast(Any, which))
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
 
 
 def load_model(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -1,44 +1,26 @@
-"""Writing files so that a crash, a kill or a full disk never leaves half of one under its final name."""
+"""Folders that are written as a whole or not at all, by one process, and errors that say what could not be written."""
 
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+from atst_fast.files import TEMPORARY, sync_folder, write_atomically
 from atst_fast.train.config import UserError
 
-TEMPORARY = ".partial"
+__all__ = [
+    "LOCK",
+    "TEMPORARY",
+    "explain",
+    "make_folder",
+    "new_folder",
+    "only_one",
+    "sync_folder",
+    "write_atomically",
+]
+
 LOCK = ".lock"
-
-
-def sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file, flush it to the disk, then give it its name.
-
-    On any error the temporary file goes and what had the name before stays.
-    """
-    temporary = path.with_name(path.name + TEMPORARY)
-    try:
-        write(temporary)
-        fd = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager

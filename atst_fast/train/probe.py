@@ -193,7 +193,8 @@ def probe(config: ProbeConfig) -> Path:
         raise UserError("--seeds and --max-frames must be at least 1, --median odd and at least 1")
     console, task = Console(), load_task(config.data)
     path = checkpoint.find(config.run)
-    encoder, front_end = checkpoint.load_encoder(path, config.encoder)
+    loaded = checkpoint.load_encoder(path, config.encoder)
+    encoder, front_end = loaded.encoder, loaded.front_end
     if not 1 <= config.blocks <= len(encoder.blocks):
         raise UserError(f"--blocks must be between 1 and {len(encoder.blocks)} in this encoder, got {config.blocks}")
     out = config.out or checkpoint.run_of(path) / "probe"

@@ -138,7 +138,8 @@ def test_a_run_leaves_everything_behind(whole, capsys):
     assert record["environment"]["versions"]["torch"] == torch.__version__
     assert [p.name[:13] for p in checkpoint.checkpoints(whole.out)] == ["step-00000008", "step-00000010"]
     assert list((whole.out / "tensorboard").glob("events*"))
-    encoder, front_end = checkpoint.load_encoder(whole.out)
+    loaded = checkpoint.load_encoder(whole.out)
+    encoder, front_end = loaded.encoder, loaded.front_end
     assert encoder(torch.randn(1, 1, 64, 61)).shape == (1, 15, 24)
     assert front_end["n_mels"] == 64
 

@@ -1,0 +1,148 @@
+"""What is in a checkpoint's file, whoever wrote it: tensors by name and the plain values beside them."""
+
+import argparse
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from atst_fast.models.weights import CheckpointError
+
+# keys under which files keep the state dict of one network, or of the whole module
+_STATE_DICTS = ("state_dict", "model", "model_state_dict")
+_NETWORKS = ("student", "teacher")
+_BESIDE = ("hyper_parameters", "args", "epoch", "global_step", "pytorch-lightning_version", "atst_fast")
+_DAMAGED = "is damaged or was written neither by torch.save nor by safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+class Content(NamedTuple):
+    """``tensors`` under the names of the file (those of nested dicts joined by dots); ``config``: what it says besides,
+    in plain values; ``container``: "lightning" (a dict of a Lightning trainer), "dino" (a dict with a state dict for
+    each network), "torch" (a state dict, alone or in a dict), "safetensors", "pretrained" (a folder)."""
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    container: str
+
+
+def read(path: Path) -> Content:
+    """The content of a file that ``torch.save`` or safetensors wrote, or of a folder of ``save_pretrained``.
+
+    No code of the file runs: of what pickles can hold, tensors and plain values are accepted, and the
+    ``argparse.Namespace`` in which some files keep their arguments. ``CheckpointError`` for anything else,
+    ``ImportError`` where safetensors is needed and not installed.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    try:
+        with open(path, "rb") as f:
+            head = f.read(16)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(head) < 9:
+        raise CheckpointError(f"{path} is damaged: {len(head)} bytes are no checkpoint")
+    if head[8:9] == b"{" and not head.startswith(b"PK"):
+        return read_safetensors(path)
+    return _read_torch(path)
+
+
+def read_safetensors(path: Path) -> Content:
+    """``config`` is the JSON that the file's metadata may hold under that name."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{path} needs the package safetensors: pip install 'atst_fast[train]'") from error
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = f.metadata() or {}
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+    config: dict[str, Any] = {}
+    if "config" in metadata:
+        config = parse_config(path, metadata["config"])
+    if metadata.get("step", "").isdigit():
+        config = {"step": int(metadata["step"])} | config
+    return Content(tensors, config, "safetensors")
+
+
+def parse_config(path: Path, text: str) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its configuration is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: its configuration is no JSON object but {text[:40]!r}")
+    return config
+
+
+def _read_folder(path: Path) -> Content:
+    if not (path / CONFIG_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
+        raise CheckpointError(
+            f"{path} is a folder without {CONFIG_FILE} and {WEIGHTS_FILE}, which save_pretrained writes"
+        )
+    try:
+        text = (path / CONFIG_FILE).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path / CONFIG_FILE}: {error}") from error
+    config = parse_config(path / CONFIG_FILE, text)
+    return Content(read_safetensors(path / WEIGHTS_FILE).tensors, config, "pretrained")
+
+
+def _read_torch(path: Path) -> Content:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} {_refused(error)}") from error
+    except Exception as error:  # torch raises many kinds for damaged files
+        raise CheckpointError(f"{path} {_DAMAGED} ({_first_line(error)})") from error
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors")
+    beside = {str(k): plain(loaded[k]) for k in _BESIDE if k in loaded and not isinstance(loaded[k], Tensor)}
+    config = beside.pop("atst_fast", {}) | beside
+    networks = [n for n in _NETWORKS if isinstance(loaded.get(n), Mapping)]
+    if networks:
+        tensors = {f"{n}.{k}": v for n in networks for k, v in _flat(loaded[n]).items()}
+        return Content(tensors, config, "dino")
+    container = "lightning" if "pytorch-lightning_version" in loaded or "hyper_parameters" in loaded else "torch"
+    wrapped = next((k for k in _STATE_DICTS if isinstance(loaded.get(k), Mapping)), None)
+    return Content(_flat(loaded[wrapped] if wrapped else loaded), config, container)
+
+
+def _flat(tree: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict; what else lies there (a step, a configuration) has no place in a network."""
+    return {str(k): v for k, v in tree.items() if isinstance(v, Tensor)}
+
+
+def plain(value: Any) -> Any:
+    """Numbers, strings, lists and dicts; a namespace as a dict, anything else in words."""
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(v) for v in value]
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+
+
+def _refused(error: Exception) -> str:
+    """Of torch's page of advice, which class it was."""
+    text = str(error)
+    for marker in ("Unsupported global: GLOBAL ", "Unsupported class ", "GLOBAL "):
+        if marker in text:
+            name = text.split(marker, 1)[1].split()[0].rstrip(".,")
+            return f"is refused: it holds objects ({name}), and to load them would run code"
+    return _DAMAGED
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).split("\n")[0]

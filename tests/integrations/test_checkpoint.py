@@ -1,0 +1,398 @@
+import argparse
+import os
+import pathlib
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import atst_fast
+from atst_fast import CheckpointError, load_checkpoint
+from atst_fast.models import FrameEncoder
+from atst_fast.train import checkpoint
+from tests.integrations.layouts import FRAMES, HYPER, SIZE, dino, frame_system, lightning, linear_head, prefixed
+
+
+def assert_same(state, expected):
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(state[key], value), key
+
+
+@pytest.fixture
+def system():
+    return frame_system()
+
+
+@pytest.fixture
+def bare(system, tmp_path):
+    """Writes the teacher's encoder as a bare state dict, changed by a function."""
+
+    def write(change=lambda state: None):
+        state = system.teacher.encoder.state_dict()
+        change(state)
+        torch.save(state, tmp_path / "bare.pt")
+        return tmp_path / "bare.pt"
+
+    return write
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_lightning_frame(system, tmp_path, which):
+    path = tmp_path / "base.ckpt"
+    lightning(path, prefixed("model.", system.state_dict()), HYPER | {"win_length": 640})
+    loaded = load_checkpoint(path, which)
+    network = getattr(system, which)
+    assert_same(loaded.encoder.state_dict(), network.encoder.state_dict())
+    heads = {k: v for k, v in network.state_dict().items() if not k.startswith("encoder.")}
+    assert_same(loaded.heads, heads)
+    assert ("predictor.0.weight" in loaded.heads) == (which == "student")
+    assert (loaded.method, loaded.layout) == ("frame", "lightning")
+    assert loaded.encoder.config == network.encoder.config
+    assert loaded.front_end["win_length"] == 640
+    assert loaded.front_end["minmax"] == (-79.6482, 50.6842)
+    assert loaded.config["hyper_parameters"]["learning_rate"] == 1.6e-3
+    assert loaded.config["global_step"] == 70
+
+
+def test_the_encoder_is_ready_to_be_used(system, tmp_path):
+    path = tmp_path / "base.ckpt"
+    lightning(path, prefixed("model.", system.state_dict()))
+    encoder = load_checkpoint(str(path)).encoder
+    assert not encoder.training
+    assert not any(p.requires_grad or p.is_meta for p in encoder.parameters())
+    mel = torch.randn(2, 1, 64, 40)
+    assert torch.equal(encoder(mel), system.teacher.encoder.eval()(mel))
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "encoder.", "model.teacher.encoder.", "module.model.teacher.encoder."]
+)
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+def test_bare_state_dicts(system, tmp_path, prefix, wrapper):
+    state = prefixed(prefix, system.teacher.encoder.state_dict())
+    torch.save({wrapper: state} if wrapper else state, tmp_path / "weights.pt")
+    loaded = load_checkpoint(tmp_path / "weights.pt")
+    assert_same(loaded.encoder.state_dict(), system.teacher.encoder.state_dict())
+    assert loaded.encoder.config == system.teacher.encoder.config
+    assert loaded.layout == ("lightning" if "teacher" in prefix else "bare")
+    assert (loaded.heads, loaded.config) == ({}, {})
+    assert loaded.front_end == {
+        "sample_rate": 16000,
+        "n_fft": 1024,
+        "win_length": 1024,
+        "hop_length": 160,
+        "f_min": 60.0,
+        "f_max": 7800.0,
+        "n_mels": 64,
+        "top_db": 80.0,
+        "minmax": (-79.6482, 50.6842),
+    }
+
+
+def test_a_bare_safetensors_file(system, tmp_path):
+    save_file(system.student.encoder.state_dict(), tmp_path / "a.safetensors")
+    loaded = load_checkpoint(tmp_path / "a.safetensors")
+    assert_same(loaded.encoder.state_dict(), system.student.encoder.state_dict())
+    assert loaded.layout == "bare"
+
+
+def test_files_before_torch_wrote_zip_archives(system, tmp_path):
+    state = system.teacher.encoder.state_dict()
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert_same(load_checkpoint(tmp_path / "old.pt").encoder.state_dict(), state)
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_a_run_of_pretrain(system, tmp_path, which):
+    config = {"model": system.config, "front_end": {"n_mels": 64, "win_length": 800}, "settings": {"seed": 1}}
+    path = checkpoint.save(tmp_path, 7, system.state_dict(), {}, config, 1)
+    loaded = load_checkpoint(path, which)
+    assert_same(loaded.encoder.state_dict(), getattr(system, which).encoder.state_dict())
+    assert loaded.encoder.config == system.student.encoder.config
+    assert (loaded.layout, loaded.config["settings"], loaded.config["step"]) == ("safetensors", {"seed": 1}, 7)
+    assert loaded.front_end["win_length"] == 800
+    assert loaded.heads.keys() >= {"projector.0.weight", "projector.1.running_mean"}
+
+
+def test_dino_of_frame(system, tmp_path):
+    networks = {
+        name: (net.encoder.state_dict(), net.projector.state_dict())
+        for name, net in (("teacher", system.teacher), ("student", system.student))
+    }
+    dino(tmp_path / "base.ckpt", networks, arch="ast_base")
+    for which in networks:
+        loaded = load_checkpoint(tmp_path / "base.ckpt", which)
+        assert_same(loaded.encoder.state_dict(), networks[which][0])
+        assert_same(loaded.heads, prefixed("head.", networks[which][1]))
+        assert loaded.layout == "dino"
+        assert loaded.config["args"]["anchor_len"] == [6.0, 6.0]
+
+
+def test_fine_tuned_frame(system, tmp_path):
+    head = linear_head(SIZE["dim"])
+    lightning(tmp_path / "last.ckpt", prefixed("encoder.encoder.", system.teacher.encoder.state_dict()) | head, {})
+    for which in ("teacher", "student"):  # there is only one
+        loaded = load_checkpoint(tmp_path / "last.ckpt", which)
+        assert_same(loaded.encoder.state_dict(), system.teacher.encoder.state_dict())
+        assert_same(loaded.heads, head)
+        assert loaded.layout == "finetuned"
+
+
+def test_a_bare_encoder_with_a_head_beside_it(system, tmp_path):
+    head = linear_head(SIZE["dim"])
+    torch.save(system.teacher.encoder.state_dict() | head, tmp_path / "a.pt")
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    assert_same(loaded.heads, head)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"patch_embed": "CNN"}, {}),
+        ({"qkv_bias": True, "mlp_ratio": 2.0}, {}),
+        ({"n_mels": 128, "patch": (128, 4)}, {}),
+        ({"n_mels": 128, "patch": (64, 4)}, {"n_mels": 128}),
+        ({"n_mels": 80, "patch": (16, 16), "patch_embed": "CNN"}, {"n_mels": 80}),
+        ({"n_mels": 64, "patch": (64, 2)}, {"patch_w": 2}),
+        ({"max_frames": 43}, {"spec_w": 43}),
+        ({"pos_type": "interpolate"}, {"pos_type": "interpolate"}),
+        ({"drop_path_rate": 0.2}, {"drop_path_rate": 0.2}),
+    ],
+)
+def test_the_architecture_is_inferred(tmp_path, options, said):
+    encoder = FrameEncoder(SIZE, **({"max_frames": 4 * 16 + 1} | options))
+    expected = encoder.config
+    lightning(tmp_path / "a.ckpt", prefixed("model.teacher.encoder.", encoder.state_dict()), said)
+    loaded = load_checkpoint(tmp_path / "a.ckpt")
+    assert loaded.encoder.config == expected
+    assert loaded.front_end["n_mels"] == expected["n_mels"]
+    assert_same(loaded.encoder.state_dict(), encoder.state_dict())
+
+
+@pytest.mark.parametrize("arch", ["tiny", "small"])
+def test_published_sizes_are_named(tmp_path, arch):
+    torch.save(FrameEncoder(arch).state_dict(), tmp_path / "a.pt")
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    assert loaded.encoder.config == FrameEncoder(arch).config
+
+
+def test_heads_of_another_width(tmp_path):
+    encoder = FrameEncoder({"dim": 48, "depth": 1, "num_heads": 3}, max_frames=FRAMES)
+    torch.save(encoder.state_dict(), tmp_path / "a.pt")
+    with pytest.raises(
+        CheckpointError, match=r"a\.pt: no tensor shows the number of heads, .* 48 is no multiple of 64"
+    ):
+        load_checkpoint(tmp_path / "a.pt")
+    assert load_checkpoint(tmp_path / "a.pt", num_heads=3).encoder.config == encoder.config
+    with pytest.raises(CheckpointError, match=r"its configuration describes no encoder .*num_heads"):
+        load_checkpoint(tmp_path / "a.pt", num_heads=5)
+
+
+def test_halves_become_float32(bare):
+    loaded = load_checkpoint(bare(lambda s: s.update({k: v.bfloat16() for k, v in s.items()})))
+    assert {p.dtype for p in loaded.encoder.parameters()} == {torch.float32}
+
+
+class TestRefusals:
+    """Every tensor that is wrong is listed, by the name that it has in the file."""
+
+    def test_missing(self, bare):
+        path = bare(lambda s: [s.pop(k) for k in ("pos_embed", "blocks.1.attn.qkv.weight", "norm_frame.bias")])
+        with pytest.raises(CheckpointError) as error:
+            load_checkpoint(path)
+        assert str(error.value) == (
+            f"{path}: it (FrameEncoder of width 64, 2 blocks): "
+            "3 missing: pos_embed, blocks.1.attn.qkv.weight, norm_frame.bias"
+        )
+        assert error.value.missing == ("pos_embed", "blocks.1.attn.qkv.weight", "norm_frame.bias")
+
+    def test_a_missing_block(self, bare):
+        path = bare(lambda s: s.update({k.replace("blocks.1.", "blocks.3."): v for k, v in s.items() if ".1." in k}))
+        with pytest.raises(CheckpointError, match=r"11 missing: blocks\.2\.norm1\.weight, .* and 6 more") as error:
+            load_checkpoint(path)
+        assert len(error.value.missing) == 11
+
+    def test_extra(self, bare):
+        path = bare(lambda s: s.update(prompt_embed=torch.zeros(1, 2, 64)))
+        with pytest.raises(CheckpointError, match=r"1 extra: prompt_embed$") as error:
+            load_checkpoint(path)
+        assert error.value.extra == ("prompt_embed",)
+
+    @pytest.mark.parametrize("key", ["model.teacher.colour", "model.colour", "colour"])
+    def test_extra_outside_of_the_encoder(self, system, tmp_path, key):
+        state = prefixed("model.", system.state_dict()) | {key: torch.zeros(2)}
+        lightning(tmp_path / "a.ckpt", state)
+        with pytest.raises(CheckpointError, match=f"the teacher .*: 1 extra: {key}$"):
+            load_checkpoint(tmp_path / "a.ckpt")
+
+    def test_misshapen(self, bare):
+        def change(state):
+            state["blocks.0.mlp.fc2.bias"] = torch.zeros(3)
+            state["norm_frame.weight"] = torch.zeros(64, dtype=torch.int64)
+            state["pos_embed"] = torch.zeros(1, 11, 32)
+
+        with pytest.raises(CheckpointError) as error:
+            load_checkpoint(bare(change))
+        assert str(error.value).endswith(
+            "3 misshapen: pos_embed [1, 11, 32], expected [1, 11, 64], blocks.0.mlp.fc2.bias [3], expected [64], "
+            "norm_frame.weight int64, expected float32"
+        )
+        assert error.value.misshapen == ("pos_embed", "blocks.0.mlp.fc2.bias", "norm_frame.weight")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_not_finite(self, bare, value):
+        path = bare(lambda s: s["blocks.0.norm1.bias"].__setitem__(3, value))
+        with pytest.raises(CheckpointError, match=r"1 not finite: blocks\.0\.norm1\.bias$") as error:
+            load_checkpoint(path)
+        assert error.value.not_finite == ("blocks.0.norm1.bias",)
+
+    def test_heads_that_are_not_finite(self, system, tmp_path):
+        with torch.no_grad():
+            system.teacher.projector[1].running_var[0] = float("nan")
+        lightning(tmp_path / "a.ckpt", prefixed("model.", system.state_dict()))
+        with pytest.raises(
+            CheckpointError, match=r"its heads: 1 not finite: model\.teacher\.projector\.1\.running_var"
+        ):
+            load_checkpoint(tmp_path / "a.ckpt")
+        load_checkpoint(tmp_path / "a.ckpt", "student")
+
+    def test_all_kinds_at_once_and_under_their_full_names(self, system, tmp_path):
+        state = prefixed("model.", system.state_dict())
+        prefix = "model.teacher.encoder."
+        del state[prefix + "mask_embed"]
+        state[prefix + "colour"] = torch.zeros(1)
+        state[prefix + "norm_frame.bias"] = torch.full((5,), float("nan"))
+        lightning(tmp_path / "a.ckpt", state)
+        with pytest.raises(CheckpointError) as error:
+            load_checkpoint(tmp_path / "a.ckpt")
+        e = error.value
+        assert (e.missing, e.extra) == ((prefix + "mask_embed",), (prefix + "colour",))
+        assert e.misshapen == e.not_finite == (prefix + "norm_frame.bias",)
+        again = e.__reduce__()[0](*e.__reduce__()[1])
+        assert (str(again), again.missing, again.not_finite) == (str(e), e.missing, e.not_finite)
+
+    def test_no_encoder(self, tmp_path):
+        torch.save({"a": torch.zeros(1)}, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match=r"a\.pt holds no encoder: none of its 1 tensors \(a\) is blocks"):
+            load_checkpoint(tmp_path / "a.pt")
+        torch.save({"a": 3}, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match=r"a\.pt holds no encoder: it has no tensors"):
+            load_checkpoint(tmp_path / "a.pt")
+
+    def test_a_network_that_the_file_lacks(self, system, tmp_path):
+        lightning(tmp_path / "a.ckpt", prefixed("model.teacher.", system.teacher.state_dict()))
+        with pytest.raises(CheckpointError, match=r"which='student' finds 0 encoders .* which holds: teacher"):
+            load_checkpoint(tmp_path / "a.ckpt", "student")
+        state = system.teacher.encoder.state_dict()
+        torch.save(prefixed("a.", state) | prefixed("b.", state), tmp_path / "b.pt")
+        with pytest.raises(CheckpointError, match=r"which='teacher' finds 2 encoders .* which holds: 'a\.', 'b\.'"):
+            load_checkpoint(tmp_path / "b.pt")
+
+    @pytest.mark.parametrize("value", [os.system, pathlib.PurePosixPath("x"), argparse.Namespace(f=os.system)])
+    def test_code(self, system, tmp_path, value):
+        torch.save({"state_dict": system.state_dict(), "hyper_parameters": {"a": value}}, tmp_path / "a.ckpt")
+        with pytest.raises(CheckpointError, match=r"is refused: it holds objects \(\w+\.\w+\), and to load them would"):
+            load_checkpoint(tmp_path / "a.ckpt")
+
+    @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+    @pytest.mark.parametrize("kind", ["zip", "old", "safetensors"])
+    def test_damaged_files(self, system, tmp_path, share, kind):
+        state, path = system.teacher.encoder.state_dict(), tmp_path / "a.bin"
+        if kind == "safetensors":
+            save_file(state, path)
+        else:
+            torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+        data = path.read_bytes()
+        path.write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(CheckpointError, match=r"a\.bin is damaged"):
+            load_checkpoint(path)
+
+    def test_files_that_are_none(self, tmp_path):
+        (tmp_path / "a.txt").write_text("a text that is no checkpoint at all")
+        with pytest.raises(CheckpointError, match=r"a\.txt is damaged or was written neither by torch\.save nor"):
+            load_checkpoint(tmp_path / "a.txt")
+        with pytest.raises(CheckpointError, match=r"cannot read .*nowhere: No such file"):
+            load_checkpoint(tmp_path / "nowhere")
+        with pytest.raises(CheckpointError, match=r"is a folder without config\.json and model\.safetensors"):
+            load_checkpoint(tmp_path)
+        torch.save([torch.zeros(1)], tmp_path / "list.pt")
+        with pytest.raises(CheckpointError, match=r"list\.pt holds a list, expected a dict of tensors"):
+            load_checkpoint(tmp_path / "list.pt")
+
+    @pytest.mark.parametrize("text, message", [("[]", "is no JSON object but '\\[\\]'"), ("{", "is no JSON: ")])
+    def test_configurations_that_are_none(self, system, tmp_path, text, message):
+        save_file(system.teacher.encoder.state_dict(), tmp_path / "a.safetensors", {"config": text})
+        with pytest.raises(CheckpointError, match=rf"a\.safetensors: its configuration {message}"):
+            load_checkpoint(tmp_path / "a.safetensors")
+
+    def test_a_front_end_that_is_none(self, system, tmp_path):
+        lightning(tmp_path / "a.ckpt", prefixed("model.", system.state_dict()), HYPER | {"win_length": 5000})
+        with pytest.raises(CheckpointError, match=r"a\.ckpt: its configuration describes no front end .*win_length"):
+            load_checkpoint(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"which": "both"}, "load_checkpoint: which must be one of teacher, student, got 'both'"),
+        ({"pos_embed": "stretch"}, "pos_embed must be one of exact, cut, interpolate, got 'stretch'"),
+        ({"pos_embed": "cut"}, "max_frames must be given with pos_embed='cut'"),
+        ({"max_frames": 0}, "max_frames must be at least 1, or None, got int 0"),
+        ({"max_frames": 3, "pos_embed": "cut"}, "max_frames must be at least 4, the frames of a patch, got 3"),
+        ({"num_heads": 1.5}, "num_heads must be at least 1, or None, got float 1.5"),
+    ],
+)
+def test_wrong_arguments(bare, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(bare(), **arguments)
+
+
+class TestPositions:
+    def test_cut(self, bare, system):
+        loaded = load_checkpoint(bare(), pos_embed="cut", max_frames=21)
+        assert torch.equal(loaded.encoder.pos_embed, system.teacher.encoder.pos_embed[:, :6])
+        assert loaded.encoder.max_frames == 21
+        mel = torch.randn(1, 1, 64, 20)
+        assert torch.equal(loaded.encoder(mel), system.teacher.encoder.eval()(mel))
+
+    @pytest.mark.parametrize("frames", [17, 60, 83])
+    def test_interpolate(self, bare, system, frames):
+        """As the encoder itself does for an input of that length (and it leaves the sampling points' shift in)."""
+        loaded = load_checkpoint(bare(), pos_embed="interpolate", max_frames=frames)
+        assert loaded.encoder.pos_type == "cut"
+        same = FrameEncoder(SIZE, max_frames=FRAMES, pos_type="interpolate").eval()
+        same.load_state_dict(system.teacher.encoder.state_dict())
+        mel = torch.randn(1, 1, 64, frames)
+        assert torch.equal(loaded.encoder(mel), same(mel))
+        assert torch.equal(loaded.encoder.pos_embed[:, 0], system.teacher.encoder.pos_embed[:, 0])
+
+    def test_the_same_number_of_tokens_changes_nothing(self, bare, system):
+        for how in ("exact", "cut", "interpolate"):
+            loaded = load_checkpoint(bare(), pos_embed=how, max_frames=43)
+            assert torch.equal(loaded.encoder.pos_embed, system.teacher.encoder.pos_embed)
+            assert loaded.encoder.max_frames == 43
+
+    def test_only_on_request(self, bare):
+        with pytest.raises(
+            CheckpointError, match=r"positions for 41 frames, max_frames is 61: choose pos_embed='cut' or"
+        ):
+            load_checkpoint(bare(), max_frames=61)
+        with pytest.raises(
+            CheckpointError, match="for 41 frames, too few to be cut to 61: use pos_embed='interpolate'"
+        ):
+            load_checkpoint(bare(), pos_embed="cut", max_frames=61)
+
+
+def test_without_safetensors(bare, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
+    load_checkpoint(bare())
+    (tmp_path / "a.safetensors").write_bytes(b"\0" * 8 + b"{" + b" " * 20)
+    with pytest.raises(ImportError, match=r"pip install 'atst_fast\[train\]'"):
+        load_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_it_is_a_part_of_the_package():
+    assert {"load_checkpoint", "Checkpoint", "CheckpointError"} <= set(dir(atst_fast)) | set(atst_fast.__all__)
+    assert atst_fast.load_checkpoint is load_checkpoint
+    assert issubclass(CheckpointError, ValueError)
