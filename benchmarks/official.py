@@ -138,12 +138,13 @@ class System(nn.Module):
     """Student and teacher; ``sizes`` as the values of ``atst_fast.models.ARCHS``."""
 
     encoder = Encoder
+    network = Network
 
     def __init__(self, sizes, *, hidden=4096, out=256, symmetric=True, **encoder):
         super().__init__()
         self.symmetric = symmetric
-        self.student = Network(self.encoder(**sizes, **encoder), sizes["dim"], hidden, out, True)
-        self.teacher = Network(self.encoder(**sizes, **encoder), sizes["dim"], hidden, out, False)
+        self.student = self.network(self.encoder(**sizes, **encoder), sizes["dim"], hidden, out, True)
+        self.teacher = self.network(self.encoder(**sizes, **encoder), sizes["dim"], hidden, out, False)
         self.teacher.requires_grad_(False)
         self.teacher.load_state_dict({k: v for k, v in self.student.state_dict().items() if "predictor" not in k})
 

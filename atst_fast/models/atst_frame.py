@@ -1,72 +1,29 @@
 """ATST-Frame: a student that predicts, from masked audio, what its own moving average says of the whole."""
 
-import copy
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atst_fast.models.frame_encoder import FrameEncoder
-from atst_fast.models.heads import Head
 from atst_fast.models.loss import FrameLoss, frame_loss
-from atst_fast.nn import FixedRows
+from atst_fast.models.student_teacher import StudentTeacher
 from atst_fast.ops import _checks
 
 _NAME = "ATSTFrame"
 
 
-class Student(nn.Module):
-    """Encoder, projector and predictor."""
-
-    def __init__(self, encoder: FrameEncoder, hidden: int, out: int):
-        super().__init__()
-        self.encoder = encoder
-        self.projector = Head(encoder.dim, hidden, out)
-        self.predictor = Head(out, hidden, out)
-
-    def forward(self, mel: Tensor, lengths: Tensor | None, mask: Tensor, *, select: FixedRows | None = None) -> Tensor:
-        """Predictions ``[M, out]`` for the masked tokens, which it sees as the mask token; ``select`` and its padding:
-        ``FrameEncoder.masked_tokens``."""
-        select = select or self.encoder.select(mel, lengths, mask)
-        count = None if select is None else select.count
-        x = self.encoder.masked_tokens(mel, lengths, mask, replace=True, select=select)
-        return self.predictor(self.projector(x, count), count)
-
-
-class Teacher(nn.Module):
-    """Encoder and projector, a copy of the student's. No graph: its weights only follow the student's."""
-
-    def __init__(self, student: Student):
-        super().__init__()
-        self.encoder = copy.deepcopy(student.encoder)
-        self.projector = copy.deepcopy(student.projector)
-        self.requires_grad_(False)
-
-    @torch.no_grad()
-    def forward(self, mel: Tensor, lengths: Tensor | None, mask: Tensor, *, select: FixedRows | None = None) -> Tensor:
-        """Targets ``[M, out]`` at the masked tokens, from input that is not masked."""
-        select = select or self.encoder.select(mel, lengths, mask)
-        x = self.encoder.masked_tokens(mel, lengths, mask, replace=False, select=select)
-        return self.projector(x, None if select is None else select.count)
-
-
-class ATSTFrame(nn.Module):
-    """Both networks of ATST-Frame; state-dict keys ``student.{encoder,projector,predictor}.*`` and
-    ``teacher.{encoder,projector}.*`` as audiossl's ``FrameATST`` (``audiossl/methods/atstframe/model.py``).
+class ATSTFrame(StudentTeacher):
+    """Both networks of ATST-Frame, with the state-dict keys of audiossl's ``FrameATST``
+    (``audiossl/methods/atstframe/model.py``); see ``StudentTeacher``.
 
     Args: ``arch`` and further keywords as ``FrameEncoder``; ``hidden`` and ``out`` widths of the heads; ``symmetric``:
     both networks see both views, and each view is predicted from the other. Otherwise the teacher sees view 1 and the
     student view 2.
-
-    The teacher stays in training mode with the student: it drops paths of its own, and its BatchNorm uses statistics of
-    the batch. Its running statistics are its own too: ``teacher_pairs`` has parameters only.
     """
 
     def __init__(self, arch="small", *, hidden: int = 4096, out: int = 256, symmetric: bool = True, **encoder):
-        super().__init__()
+        super().__init__(FrameEncoder(arch, **encoder), hidden, out)
         self.symmetric = symmetric
-        self.student = Student(FrameEncoder(arch, **encoder), hidden, out)
-        self.teacher = Teacher(self.student)
-        self.config = self.student.encoder.config | {"hidden": hidden, "out": out, "symmetric": symmetric}
+        self.config["symmetric"] = symmetric
 
     def forward(
         self, view1: Tensor, view2: Tensor, lengths: Tensor | None, mask: Tensor, *, capacity: int | None = None
@@ -105,10 +62,7 @@ class ATSTFrame(nn.Module):
             capacity = None if capacity is None else 2 * capacity
         # once for both networks
         select = self.student.encoder.select(view1, lengths, mask, capacity)
-        teacher = self.teacher(view1, lengths, mask, select=select)
-        return self.student(view2, lengths, mask, select=select), teacher, None if select is None else select.count
-
-    def teacher_pairs(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Parameters of the student that the teacher follows, and the teacher's, in the same order."""
-        student = [*self.student.encoder.parameters(), *self.student.projector.parameters()]
-        return student, list(self.teacher.parameters())
+        count = None if select is None else select.count
+        teacher = self.teacher(lambda e: e.masked_tokens(view1, lengths, mask, replace=False, select=select), count)
+        student = self.student(lambda e: e.masked_tokens(view2, lengths, mask, replace=True, select=select), count)
+        return student, teacher, count

@@ -1,138 +1,31 @@
 """The encoder of ATST-Frame: mel frames to tokens to a representation every 40 ms."""
 
-from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import Literal, cast
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from atst_fast.nn import Block, FixedRows, PatchEmbed, Selection
-from atst_fast.nn.plain import is_plain
-from atst_fast.nn.stream import Stream, attended, drop_path_factors
-from atst_fast.ops import _checks
-
-# "small", "base" and "large" are the published sizes; "tiny" is for demonstrations on a CPU.
-ARCHS: dict[str, dict[str, int]] = {
-    "tiny": {"dim": 128, "depth": 4, "num_heads": 2},
-    "small": {"dim": 384, "depth": 12, "num_heads": 6},
-    "base": {"dim": 768, "depth": 12, "num_heads": 12},
-    "large": {"dim": 1024, "depth": 24, "num_heads": 16},
-}
-_NAME = "FrameEncoder"
+from atst_fast.models.encoder import Encoder
+from atst_fast.nn import FixedRows, Selection
 
 
-class FrameEncoder(nn.Module):
+class FrameEncoder(Encoder):
     """Patches, mask token, positions, pre-norm blocks and a last LayerNorm; keys of audiossl's ``FrameAST``
-    (``audiossl/methods/atstframe/audio_transformer.py``).
+    (``audiossl/methods/atstframe/audio_transformer.py``). Arguments, and what holds of mel, lengths and mask: see
+    ``Encoder``. Row 0 of ``pos_embed`` is never read."""
 
-    Args:
-        arch: a name in ``ARCHS`` or a mapping with ``dim``, ``depth`` and ``num_heads``.
-        drop_path_rate: of the last block; it grows linearly from 0 at the first one.
-        n_mels: mel bins of the input. patch: (mel bins, frames) of a token. max_frames: what ``pos_embed`` is made for,
-            ``(n_mels // patch[0]) * (max_frames // patch[1])`` rows and one more, row 0, which is never read.
-        pos_type: ``"cut"`` takes the first L positions, ``"interpolate"`` resizes all of them to the input (bicubic).
-        patch_embed: ``"Linear"`` or ``"CNN"``, the two key layouts of ``nn.PatchEmbed``.
-        mlp_ratio, qkv_bias: of the blocks.
-
-    Throughout, ``mel`` is float ``[B, 1, n_mels, T]`` (B clips, T frames of 10 ms), ``lengths`` int64 ``[B]`` its valid
-    frames, ``mask`` bool ``[B, L]`` with L = tokens of T frames. A wrong argument is named by ``ValueError`` or
-    ``TypeError``. On a CPU ``lengths`` and ``mask`` are counted.
-
-    On a GPU, or with ``fixed_shapes`` set to True, no shape depends on their values nor on the draws of stochastic
-    depth, which that device makes: nothing is counted or waited for, and a CUDA graph can hold any call whose arguments
-    lie on it. There a length out of range is not refused; it gives NaN.
-    """
-
-    fixed_shapes: bool | None = None  # None: on a GPU
-
-    def __init__(
-        self,
-        arch: str | Mapping[str, int] = "small",
-        *,
-        drop_path_rate: float = 0.1,
-        n_mels: int = 64,
-        patch: tuple[int, int] = (64, 4),
-        max_frames: int = 1001,
-        pos_type: str = "cut",
-        patch_embed: str = "Linear",
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = False,
-    ):
-        super().__init__()
-        size = _size(arch)
-        if pos_type not in ("cut", "interpolate"):
-            raise ValueError(f"{_NAME}: pos_type must be 'cut' or 'interpolate', got {pos_type!r}")
-        self.grid = (n_mels // patch[0], max_frames // patch[1])
-        if min(self.grid) < 1:
-            _checks.fail(_NAME, "patch", f"at most ({n_mels}, {max_frames}), (n_mels, max_frames)", tuple(patch))
-        dim, depth = size["dim"], size["depth"]
-        self.dim, self.n_mels, self.max_frames, self.pos_type = dim, n_mels, max_frames, pos_type
-        # all that it takes to build this encoder again
-        self.config = {
-            "arch": arch if isinstance(arch, str) else size,
-            "drop_path_rate": drop_path_rate,
-            "n_mels": n_mels,
-            "patch": tuple(patch),
-            "max_frames": max_frames,
-            "pos_type": pos_type,
-            "patch_embed": patch_embed,
-            "mlp_ratio": mlp_ratio,
-            "qkv_bias": qkv_bias,
-        }
-        norm_layer = partial(nn.LayerNorm, eps=1e-6)
-        self.mask_embed = nn.Parameter(torch.empty(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1] + 1, dim))
-        self.patch_embed = PatchEmbed(*patch, dim, kind=patch_embed)
-        self.blocks = nn.ModuleList(
-            Block(
-                dim,
-                size["num_heads"],
-                mlp_ratio,
-                qkv_bias,
-                drop_path=drop_path_rate * i / max(depth - 1, 1),
-                norm_layer=norm_layer,
-            )
-            for i in range(depth)
-        )
-        self.norm_frame = norm_layer(dim)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Normal weights of std 0.02 (cut at +-2) for every Linear, the positions and the mask token; biases 0."""
-        for tensor in (self.pos_embed, self.mask_embed):
-            nn.init.trunc_normal_(tensor, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm | nn.Conv2d):
-                module.reset_parameters()
+    norm_key = "norm_frame"
 
     def prepare_tokens(self, mel: Tensor, mask: Tensor | None = None) -> Tensor:
         """Embedded patches ``[B, L, D]``: masked ones replaced by the mask token, then positions added."""
-        _checks.tensor(_NAME, "mel", mel, f"[B, 1, {self.n_mels}, T] (clips, 1, mel bins, frames)", dim=4)
-        if mel.shape[1] != 1 or mel.shape[2] != self.n_mels:
-            _checks.fail(_NAME, "mel", f"[B, 1, {self.n_mels}, T] (clips, 1, mel bins, frames)", mel)
-        tokens = self.tokens(mel.shape[3])
-        if mask is not None:
-            _check_mask(mask, len(mel), tokens)
-            mask = mask.to(mel.device, non_blocking=True)
-        return self.patch_embed(mel, mask=mask, mask_embed=self.mask_embed, pos_embed=self._positions(mel.shape[3]))
+        self._check_mel(mel)
+        return self._patches(mel, mask, self._positions(mel.shape[3]))
 
     def forward(self, mel: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """All tokens ``[B, L, D]`` after ``norm_frame``; tokens under ``mask`` enter as the mask token.
 
         Rows past a clip's length attend to its valid tokens, as in audiossl; do not read them.
         """
-        x, length, _ = self._embed(mel, lengths, mask)
-        if self._is_fixed(x):
-            return self._last_norm(self._streams(x, length, "attend"))
-        for block in self.blocks:
-            x = block(x, length, fixed_shapes=False)
-        return self.norm_frame(x)
+        x = self.prepare_tokens(mel, mask)
+        return self._all_rows(x, self._valid(lengths, mel)[0])
 
     def masked_tokens(
         self, mel: Tensor, lengths: Tensor | None, mask: Tensor, *, replace: bool, select: FixedRows | None = None
@@ -145,19 +38,17 @@ class FrameEncoder(nn.Module):
         ``select``: what `select` made of the same arguments, which student and teacher can share. Then, and wherever
         shapes are fixed, the rows are ``[C, D]``, and those from ``select.count`` on are padding.
         """
-        _check_mask(mask, len(mel), self.tokens(mel.shape[-1]))
-        if select is not None or self._is_fixed(mel):
-            if select is None:
-                select = self.select(mel, lengths, mask, mask.numel())
-            x, length, _ = self._embed(mel, lengths, mask if replace else None)
-            return self._last_norm(self._streams(x, length, "zero", select))
-        x, length, host_length = self._embed(mel, lengths, mask if replace else None)
+        self._check_mask(mask, len(mel), self.tokens(mel.shape[-1]))
+        if select is None and self._is_fixed(mel):
+            select = self.select(mel, lengths, mask, mask.numel())
+        x = self.prepare_tokens(mel, mask if replace else None)
+        length, host_length = self._valid(lengths, mel)
+        if select is not None:
+            return self._selected_rows(x, length, select)
         counted = Selection.build(mask, host_length)
         if not len(counted.queries):
-            raise ValueError(f"{_NAME}: mask must select at least one valid token of the batch, got none")
-        for block in self.blocks[:-1]:
-            x = block(x, length, padded_queries="zero", fixed_shapes=False)
-        return self.norm_frame(self.blocks[-1](x, select=counted))
+            raise ValueError(f"{self._name}: mask must select at least one valid token of the batch, got none")
+        return self._selected_rows(x, length, counted)
 
     def select(
         self, mel: Tensor, lengths: Tensor | None, mask: Tensor, capacity: int | None = None
@@ -167,123 +58,22 @@ class FrameEncoder(nn.Module):
         ``capacity``: how many there are at most, C; by default B * L. If there are more, ``count`` is -1. None where
         shapes are not fixed: on a CPU, unless there is a capacity.
         """
-        _check_mask(mask, len(mel), self.tokens(mel.shape[-1]))
+        self._check_mask(mask, len(mel), self.tokens(mel.shape[-1]))
         if capacity is None and not self._is_fixed(mel):
             return None
-        valid, _ = self._valid(lengths, mel, mask.shape[1])
+        valid, _ = self._valid(lengths, mel)
         places = max(mask.numel(), 1) if capacity is None else capacity
         return FixedRows.build(mask.to(mel.device, non_blocking=True), valid, places)
-
-    def _blocks(self) -> Iterator[Block]:
-        return cast(Iterator[Block], iter(self.blocks))
-
-    def _is_fixed(self, x: Tensor) -> bool:
-        return x.is_cuda if self.fixed_shapes is None else self.fixed_shapes
-
-    def _streams(
-        self,
-        x: Tensor,
-        length: Tensor | None,
-        padded_queries: Literal["zero", "attend"],
-        select: FixedRows | None = None,
-    ) -> Iterator[Stream]:
-        """What comes out of each block, none of whose shapes depends on a value; the last one's are rows of select."""
-        factors, lengths = self._drop_paths(x, length)
-        stream = Stream(x)
-        for i, block in enumerate(self._blocks()):
-            rows = select if i == len(self.blocks) - 1 else None
-            if is_plain(block, Block):
-                stream = block.advance(stream, lengths[i], factors[i], padded_queries=padded_queries, select=rows)
-            else:
-                x = block(stream.sum(), length, padded_queries=padded_queries, select=rows, fixed_shapes=True)
-                stream = Stream(x)
-            yield stream
-
-    def _last_norm(self, streams: Iterator[Stream]) -> Tensor:
-        last = next(streams)
-        for last in streams:  # noqa: B007 (the others are let go as the next one comes)
-            pass
-        return last.norm(self.norm_frame)[1]
-
-    def _drop_paths(self, x: Tensor, length: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """For each block the factors of its branches, None where it drops nothing, and the tokens that attend."""
-        probabilities = [float(block.drop_path) if block.training else 0.0 for block in self._blocks()]
-        if not any(probabilities):
-            return [None] * len(self.blocks), [length] * len(self.blocks)
-        draws = torch.rand(len(self.blocks), 2, len(x), device=x.device)
-        factors = drop_path_factors(probabilities, draws)
-        lengths = attended(length, factors, x.shape[1])
-        each = [(f, n) if p else (None, length) for p, f, n in zip(probabilities, factors.unbind(), lengths.unbind())]
-        return [f for f, _ in each], [n for _, n in each]
 
     def intermediate(self, mel: Tensor, lengths: Tensor | None = None, n_blocks: int = 1) -> Tensor:
         """Outputs of the last ``n_blocks`` blocks, each after ``norm_frame``, in ascending order:
         ``[B, L, n_blocks * D]``."""
-        if not 1 <= n_blocks <= len(self.blocks):
-            _checks.fail(_NAME, "n_blocks", f"from 1 to {len(self.blocks)}, the depth", n_blocks)
-        x, length, _ = self._embed(mel, lengths, None)
-        if self._is_fixed(x):
-            streams = list(self._streams(x, length, "attend"))[-n_blocks:]
-            return torch.cat([stream.norm(self.norm_frame)[1] for stream in streams], dim=-1)
-        outputs = []
-        for i, block in enumerate(self.blocks):
-            x = block(x, length, fixed_shapes=False)
-            if i >= len(self.blocks) - n_blocks:
-                outputs.append(self.norm_frame(x))
-        return torch.cat(outputs, dim=-1)
-
-    def tokens(self, frames: Tensor | int):
-        """Number of tokens of that many mel frames (an int or a tensor of them)."""
-        return self.patch_embed.tokens(frames, self.n_mels)
-
-    def _embed(self, mel: Tensor, lengths: Tensor | None, mask: Tensor | None):
-        """Tokens, and valid tokens per clip on the device and where they came; None: all are valid."""
-        x = self.prepare_tokens(mel, mask)
-        return x, *self._valid(lengths, mel, x.shape[1])
-
-    def _valid(self, lengths: Tensor | None, mel: Tensor, tokens: int) -> tuple[Tensor | None, Tensor | None]:
-        if lengths is None:
-            return None, None
-        frames = mel.shape[3]
-        expected = f"[{len(mel)}] (valid frames of each clip, 0 to {frames})"
-        _checks.tensor(_NAME, "lengths", lengths, expected, dim=1, dtypes=(torch.int64,))
-        if len(lengths) != len(mel):
-            _checks.fail(_NAME, "lengths", expected, lengths)
-        host = self.tokens(lengths)
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-            if len(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) <= frames:
-                _checks.fail(_NAME, "lengths", expected, lengths.tolist())
-            if (host >= tokens).all():
-                return None, None
-        return host.to(mel.device, non_blocking=True), host
+        x = self.prepare_tokens(mel)
+        return torch.cat(self._last_blocks(x, self._valid(lengths, mel)[0], n_blocks), dim=-1)
 
     def _positions(self, frames: int) -> Tensor:
+        if self.pos_type == "interpolate":
+            return self._resized_positions(frames)
         tokens = self.tokens(frames)
-        if self.pos_type == "cut":
-            if tokens > self.pos_embed.shape[1] - 1:
-                expected = f"at most {self.max_frames} frames long (cut it, or use pos_type='interpolate')"
-                raise ValueError(f"{_NAME}: mel must be {expected}, got {frames} frames")
-            return self.pos_embed[:, 1 : tokens + 1]
-        # Resized by a scale factor, not to a size: the 0.1 (which guards the factor against rounding) shifts the
-        # sampling points a little, also where the size stays the same.
-        rows, columns = self.grid
-        scale = ((rows + 0.1) / rows, (frames // self.patch_embed.patch_width + 0.1) / columns)
-        grid = self.pos_embed[:, 1:].unflatten(1, self.grid).permute(0, 3, 1, 2)
-        return F.interpolate(grid, scale_factor=scale, mode="bicubic").flatten(2).transpose(1, 2)
-
-
-def _size(arch: str | Mapping[str, int]) -> dict[str, int]:
-    if isinstance(arch, str):
-        if arch not in ARCHS:
-            raise ValueError(f"{_NAME}: arch must be one of {', '.join(ARCHS)}, got {arch!r}")
-        return dict(ARCHS[arch])
-    if set(arch) != {"dim", "depth", "num_heads"} or arch["depth"] < 1:
-        _checks.fail(_NAME, "arch", "a name or a mapping with dim, depth (at least 1) and num_heads", dict(arch))
-    return dict(arch)
-
-
-def _check_mask(mask: Tensor, clips: int, tokens: int) -> None:
-    expected = f"[{clips}, {tokens}] (clips, tokens)"
-    _checks.tensor(_NAME, "mask", mask, expected, dim=2, dtypes=(torch.bool,))
-    if mask.shape != (clips, tokens):
-        _checks.fail(_NAME, "mask", expected, mask)
+        self._check_positions(tokens, self.pos_embed.shape[1] - 1, frames)
+        return self.pos_embed[:, 1 : tokens + 1]

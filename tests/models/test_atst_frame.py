@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from atst_fast.models import ATSTFrame
-from atst_fast.optim import AdamWEMA, param_groups
 from benchmarks import official
 from tests.golden import assert_golden, load
-from tests.golden.systems import frame_step
+from tests.golden.systems import frame_step, optimizer_of, set_rates
 from tests.tolerances import GOLDEN_CHECKSUM, NETWORK_RTOL
 
 TINY = {"dim": 24, "depth": 3, "num_heads": 3}
@@ -16,22 +15,13 @@ TINY = {"dim": 24, "depth": 3, "num_heads": 3}
 
 def golden_system(**kwargs):
     system, schedules = frame_step(**kwargs)
-    teacher = dict(zip(*system.teacher_pairs()))
-    optimizer = AdamWEMA(param_groups(system.student, 0.04), form="hf", eps=1e-6, teacher=teacher)
-    return system, schedules, optimizer
+    return system, schedules, optimizer_of(system)
 
 
 def golden_batch(t, prefix="in/"):
     assert torch.equal(t[f"{prefix}mask0"], t[f"{prefix}mask1"])
     assert torch.equal(t[f"{prefix}len0"], t[f"{prefix}len1"])
     return [t[prefix + k] for k in ("mel0", "mel1", "len0", "mask0")]
-
-
-def set_rates(optimizer, rates):
-    for i, group in enumerate(optimizer.param_groups):
-        group["lr"] = rates.lr
-        group["weight_decay"] = rates.weight_decay if i == 0 else 0.0
-    optimizer.momentum = rates.momentum
 
 
 def test_golden_step():

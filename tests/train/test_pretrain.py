@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from atst_fast.models.frame_encoder import ARCHS
+from atst_fast.models.encoder import ARCHS
 from atst_fast.train import checkpoint, files, pretrain
 from atst_fast.train.config import PretrainConfig, UserError
 from atst_fast.train.pack import PackConfig, pack
@@ -23,7 +23,7 @@ SIZE = {"dim": 24, "depth": 2, "num_heads": 3}
 # The command line, with an encoder small enough for tests.
 PROGRAM = f"""
 import sys
-from atst_fast.models.frame_encoder import ARCHS
+from atst_fast.models.encoder import ARCHS
 from atst_fast.train.cli import main
 import torch
 torch.set_num_threads(1)
