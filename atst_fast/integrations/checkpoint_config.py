@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from atst_fast.models.frame_encoder import ARCHS
+from atst_fast.models.encoder import ARCHS
 from atst_fast.models.weights import CheckpointError
 from atst_fast.nn import LogMelSpectrogram
 

@@ -18,7 +18,7 @@ class ClipEncoder(Encoder):
     In every method a clip without a valid token attends to its class token alone.
     """
 
-    tokens_learned = ("cls_token", "mask_embed")
+    tokens_learned: tuple[str, ...] = ("cls_token", "mask_embed")
     cls_token: nn.Parameter
 
     def __init__(self, arch="small", *, use_cls: bool = True, **options):
