@@ -76,13 +76,15 @@ pretrain: build
 	@echo "== probing what it learned"
 	@$(BIN)/atst-fast probe --run $(RUN) --data $(DATA)
 
+# as many processes as there are cores, at most eight; what one has left over the others take
+SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
 test: build $(TESTABLE)
 	@echo "== tests"
-	$(PY) -m pytest tests benchmarks -m "not long" $(if $(REQUIRE),--require $(REQUIRE)) -rs --durations=5
+	$(PY) -m pytest tests benchmarks $(SIDE_BY_SIDE) -m "not long" $(if $(REQUIRE),--require $(REQUIRE)) -rs --durations=5
 
 test-all: build $(TESTABLE)
 	@echo "== all tests"
-	$(PY) -m pytest tests benchmarks -rs --durations=15
+	$(PY) -m pytest tests benchmarks $(SIDE_BY_SIDE) -rs --durations=15
 	$(MAKE) sanitize
 
 # The whole package again under build/sanitize, its extension with both sanitizers; the interpreter itself has none,

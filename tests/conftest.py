@@ -1,4 +1,5 @@
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if others := getattr(config, "workerinput", None):  # under pytest-xdist: the cores are for all of its processes
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // others["workercount"]))
     for name in filter(None, config.getoption("--require").split(",")):
         if name not in _NEEDS:
             raise pytest.UsageError(f"--require: {name!r} is none of {', '.join(_NEEDS)}")
