@@ -1,109 +1,12 @@
-#include <cmath>
-#include <cstring>
 #include <limits>
-#include <memory>
-#include <mutex>
-#include <numbers>
 
 #include "check.h"
 #include "log_mel/log_mel.h"
+#include "log_mel/mel_tables.h"
 #include "scratch.h"
 
 namespace atst {
-
-void log_mel_twiddles(int64_t n_fft, float* out) {
-  const int64_t points = n_fft / 2, radix = points / 64;
-  auto put = [&](int64_t k, int64_t n) {
-    const double angle = -2.0 * std::numbers::pi * double(k) / double(n);
-    *out++ = float(std::cos(angle));
-    *out++ = float(std::sin(angle));
-  };
-  for (int64_t j = 0; j < 64; ++j)
-    for (int64_t r = 0; r < radix; ++r) put(j * r, points);
-  for (int64_t j = 0; j < 8; ++j)
-    for (int64_t r = 0; r < 8; ++r) put(j * r, 64);
-  for (int64_t k = 0; k <= points / 2; ++k) put(k, n_fft);
-}
-
 namespace {
-
-const float* twiddles(int64_t n_fft) {
-  auto make = [](int64_t n) {
-    std::vector<float> t(log_mel_twiddle_floats(n));
-    log_mel_twiddles(n, t.data());
-    return t;
-  };
-  static const std::vector<float> t512 = make(512), t1024 = make(1024), t2048 = make(2048);
-  return (n_fft == 512 ? t512 : n_fft == 1024 ? t1024 : t2048).data();
-}
-
-// What the kernel reads of window [n_fft], filterbank [n_bins, n_mels] and hop: the filterbank as its nonzero runs.
-struct Tables {
-  int64_t hop;
-  std::vector<float> window, fb;  // as given, to recognise them by
-  std::vector<int32_t> column, first_bin, n_weights, first_weight;
-  std::vector<float> weights, half_window;
-
-  Tables(const Tensor& window_tensor, const Tensor& fb_tensor, int64_t hop)
-      : hop(hop),
-        window(window_tensor.const_data_ptr<float>(), window_tensor.const_data_ptr<float>() + window_tensor.numel()),
-        fb(fb_tensor.const_data_ptr<float>(), fb_tensor.const_data_ptr<float>() + fb_tensor.numel()) {
-    const int64_t n_fft = window_tensor.size(0), n_bins = fb_tensor.size(0), n_mels = fb_tensor.size(1);
-    first_bin.assign(n_mels, 0);
-    std::vector<int32_t> end(n_mels, 0);
-    for (int64_t k = 0; k < n_bins; ++k) {
-      for (int64_t m = 0; m < n_mels; ++m) {
-        if (fb[k * n_mels + m] == 0.0f) continue;
-        if (!end[m]) first_bin[m] = int32_t(k);
-        end[m] = int32_t(k + 1);
-      }
-    }
-    for (int64_t m = 0; m < n_mels; ++m) {
-      n_weights.push_back(end[m] ? end[m] - first_bin[m] : 0);
-      first_weight.push_back(int32_t(weights.size()));
-      for (int64_t k = first_bin[m]; k < end[m]; ++k) weights.push_back(fb[k * n_mels + m]);
-    }
-    const int64_t n_columns = log_mel_columns(n_fft, hop);
-    for (int64_t n = 0; n < n_fft; ++n) {
-      column.push_back(int32_t(n % hop * n_columns + n / hop));
-      // the unpacking of the real transform halves every value: halve the window instead, which is exact
-      half_window.push_back(0.5f * window[n]);
-    }
-  }
-
-  bool made_from(const Tensor& window_tensor, const Tensor& fb_tensor, int64_t hop_length) const {
-    auto same = [](const std::vector<float>& a, const Tensor& b) {
-      return int64_t(a.size()) == b.numel() &&
-             !std::memcmp(a.data(), b.const_data_ptr<float>(), a.size() * sizeof(float));
-    };
-    return hop == hop_length && same(window, window_tensor) && same(fb, fb_tensor);
-  }
-
-  LogMelPlan plan() const {
-    return {int64_t(window.size()),    hop,
-            int64_t(first_bin.size()), column.data(),
-            half_window.data(),        twiddles(int64_t(window.size())),
-            first_bin.data(),          n_weights.data(),
-            first_weight.data(),       weights.data()};
-  }
-};
-
-// The last tables are kept and recognised by their values, which takes a few microseconds; making them takes as long as
-// half a second of audio.
-std::shared_ptr<const Tables> tables_for(const Tensor& window, const Tensor& fb, int64_t hop) {
-  static std::mutex mutex;
-  static std::shared_ptr<const Tables> last;
-  std::shared_ptr<const Tables> found;
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    found = last;
-  }
-  if (found && found->made_from(window, fb, hop)) return found;
-  found = std::make_shared<const Tables>(window, fb, hop);
-  const std::lock_guard<std::mutex> lock(mutex);
-  last = found;
-  return found;
-}
 
 float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
 
@@ -144,8 +47,9 @@ Tensor log_mel(const Tensor& waveform, const Tensor& window, const Tensor& fb, c
   const int64_t frames = samples / hop + 1;
   Tensor out = torch::stable::new_empty(waveform, {rows, n_mels, frames}, ScalarType::Float);
   if (rows == 0 || n_mels == 0) return out;
-  const auto tables = tables_for(window, fb, hop);
-  const LogMelPlan plan = tables->plan();
+  static LatestMelTables latest;
+  const auto tables = latest.of(window.const_data_ptr<float>(), n_fft, fb.const_data_ptr<float>(), n_fft, n_mels, hop);
+  const MelPlan plan = tables->plan();
   const auto tile_kernel = ATST_SELECT_SIMD(log_mel_tile);
   const auto finish_kernel = ATST_SELECT_SIMD(log_mel_finish);
   const int64_t scratch_floats = ATST_SELECT_SIMD(log_mel_scratch_floats)(plan);
@@ -154,17 +58,17 @@ Tensor log_mel(const Tensor& waveform, const Tensor& window, const Tensor& fb, c
   float* result = out.mutable_data_ptr<float>();
   auto clip = [&](int64_t r) {
     const int64_t n = valid ? valid[r] : samples;
-    return LogMelClip{wave + r * samples * (is_int16 ? 2 : 4),
-                      is_int16,
-                      n,
-                      n ? n / hop + 1 : 0,
-                      result + r * n_mels * frames,
-                      frames};
+    return MelClip{wave + r * samples * (is_int16 ? 2 : 4),
+                   is_int16,
+                   n,
+                   n ? n / hop + 1 : 0,
+                   result + r * n_mels * frames,
+                   frames};
   };
   const int64_t tiles = (frames + kTileFrames - 1) / kTileFrames;
   std::vector<float> top(rows * tiles, -std::numeric_limits<float>::infinity());
   auto run_tile = [&](int64_t item, float* scratch) {
-    const LogMelClip c = clip(item / tiles);
+    const MelClip c = clip(item / tiles);
     if (item % tiles * kTileFrames < c.frames) top[item] = tile_kernel(plan, c, item % tiles, scratch);
   };
   auto finish_group = [&](int64_t g) {
