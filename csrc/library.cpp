@@ -10,6 +10,9 @@ STABLE_TORCH_LIBRARY(ATST_LIBRARY, m) {
   // log_mel
   m.def("log_mel(Tensor waveform, Tensor window, Tensor fb, Tensor? lengths, int hop_length, float? top_db, float scale, float bias, int group) -> Tensor");
 
+  // kaldi_fbank
+  m.def("kaldi_fbank(Tensor waveform, Tensor window, Tensor fb, Tensor? lengths, int frame_shift, float preemphasis, bool remove_dc_offset) -> Tensor");
+
   // augment
   m.def("augment(Tensor mel, Tensor bank, Tensor bank_lengths, Tensor partner, Tensor start, Tensor alpha, Tensor crop, int[] canvas) -> Tensor");
 

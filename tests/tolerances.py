@@ -15,6 +15,14 @@ MEL_OTHER_WAY = 1e-3
 MEL_SCALED_DB = 1e-4  # the same powers times 100: one rounding each, and that of values up to 100 dB
 MEL_CONSTANT = 1e-6  # a constant through the affine map: one rounding of a value of about 1
 
+# kaldi_fbank, in nats of energy: the error of an amplitude 60 dB down (1e-4 of it, see MEL_60_DB), twice.
+FBANK_60_DB = 2e-4
+# Between two float32 transforms; added to ten times the rounding noise of the stored value.
+FBANK_GOLDEN = 2e-4
+# One frame by two float32 ways, loud and quiet triangles.
+FBANK_OTHER_WAY = 1e-3
+FBANK_CONSTANT = 2e-6  # one rounding of a value of about 16
+
 # augment
 # Two exponentials and a logarithm of 2 ulp each near 1, then sums of up to 16 products with weights below 1.2.
 AUGMENT = 2e-6

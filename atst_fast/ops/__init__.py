@@ -12,6 +12,7 @@ from atst_fast.ops.ema import ema_update_
 from atst_fast.ops.epilogue import add_branch, bias_gelu
 from atst_fast.ops.frame_attention import frame_attention, frame_attention_packed
 from atst_fast.ops.frame_loss import frame_loss
+from atst_fast.ops.kaldi_fbank import kaldi_fbank
 from atst_fast.ops.log_mel import log_mel
 from atst_fast.ops.mlp import mlp
 from atst_fast.ops.patch_embed import patch_embed
@@ -31,6 +32,7 @@ __all__ = [
     "frame_attention",
     "frame_attention_packed",
     "frame_loss",
+    "kaldi_fbank",
     "log_mel",
     "mlp",
     "patch_embed",
