@@ -1,9 +1,10 @@
-"""Projector and predictor: two linear layers with batch statistics between them."""
+"""Projector and predictor, two linear layers with batch statistics between them; and the head of a classifier."""
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from atst_fast import ops
+from atst_fast.ops import _checks
 
 
 class Head(nn.Sequential):
@@ -33,6 +34,38 @@ class Head(nn.Sequential):
         if norm.training and count is not None:
             raise ValueError(f"Head: {norm} takes no count: its statistics would be those of the padding too")
         return super().forward(x)
+
+
+class LinearHead(nn.Module):
+    """``BatchNorm1d`` without parameters, then ``Linear`` (weights normal with deviation 0.01, biases 0): features
+    ``[..., dim]`` to logits ``[..., classes]``, differentiable. Keys ``norm.{running_mean,running_var,
+    num_batches_tracked}``, ``linear.{weight,bias}``. In training the statistics are over all leading axes.
+
+    ``batch_norm=False`` leaves the first one out, as the heads of sound event detection do. Upstream: ``LinearHead`` in
+    ``audiossl/modules/head.py``. Raises ValueError unless ``dim`` and ``classes`` are at least 1 and the last axis of
+    the features is ``dim``.
+    """
+
+    def __init__(self, dim: int, classes: int, *, batch_norm: bool = True):
+        super().__init__()
+        for name, value in (("dim", dim), ("classes", classes)):
+            if value < 1:
+                _checks.fail("LinearHead", name, "at least 1", value)
+        self.norm = nn.BatchNorm1d(dim, affine=False) if batch_norm else None
+        self.linear = nn.Linear(dim, classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dim = self.linear.in_features
+        if x.dim() < 1 or x.shape[-1] != dim:
+            _checks.fail("LinearHead", "x", f"[..., {dim}] (features)", x)
+        if self.norm is not None:
+            x = self.norm(x.reshape(-1, dim)).view_as(x)
+        return self.linear(x)
 
 
 def _batch_norm_relu(norm: nn.BatchNorm1d | nn.SyncBatchNorm, x: Tensor, count: Tensor | None) -> Tensor:
