@@ -54,16 +54,23 @@ def state_path(weights: Path, rank: int = 0) -> Path:
 
 
 def save(
-    run: Path, step: int, weights: Mapping[str, Tensor], state: dict[str, Any], config: dict[str, Any], keep: int
+    run: Path,
+    step: int,
+    weights: Mapping[str, Tensor],
+    state: dict[str, Any],
+    config: dict[str, Any],
+    keep: int,
+    *,
+    prefix: str = PREFIX,
 ) -> Path:
     """Write the checkpoint of ``step`` and delete all but the last ``keep``; returns the weights' path.
 
-    ``weights`` are the model's (keys without ``model.``); ``state`` holds tensors, numbers, strings, lists and dicts.
+    ``weights`` are the model's (keys without ``prefix``); ``state`` holds tensors, numbers, strings, lists and dicts.
     Where the disk is full or the folder cannot be written, UserError; what was there before stays.
     """
     path = _path(run, step)
     before = checkpoints(run)
-    tensors = {PREFIX + k: v.detach().contiguous().cpu() for k, v in weights.items()}
+    tensors = {prefix + k: v.detach().contiguous().cpu() for k, v in weights.items()}
     metadata = {"format": "pt", "step": str(step), "config": json.dumps(config)}
     with _explain(run, path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,16 @@ COMMANDS = {
     "demo-data": Command(
         "demo_data", "demo_data", "demo_data", "DemoDataConfig", "render labelled scenes of instruments"
     ),
+    "finetune": Command(
+        "finetune", "finetune", "finetune_config", "FinetuneConfig", "train a pretrained encoder on labels"
+    ),
+    "distill": Command(
+        "distill",
+        "distill",
+        "finetune_config",
+        "DistillConfig",
+        "ATST-C2F: train an ATST-Frame on an ATST-Clip's answers",
+    ),
     "probe": Command("probe", "probe", "probe", "ProbeConfig", "measure what a trained encoder has learned"),
     "profile": Command("profile", "profile", "profile", "ProfileConfig", "show where the time of a training step goes"),
     "info": Command("info", "info", "info", "InfoConfig", "who runs each operator here, and which versions"),

@@ -1,6 +1,7 @@
 """The configuration of pretraining: one dataclass, which is the command line, and the published recipes behind it."""
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -172,12 +173,12 @@ def resolve(config: PretrainConfig, batches_per_epoch: int) -> dict[str, Any]:
     }
 
 
-def conflicts(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    """The settings that would make a resumed run another run: "steps: 100 now, 200 before"."""
+def conflicts(now: dict[str, Any], before: dict[str, Any], free: Collection[str] = FREE) -> list[str]:
+    """The settings that would make a resumed run another run: "steps: 100 now, 200 before"; ``free`` ones would not."""
     names = [f.name for f in fields(PretrainConfig)]
     names += sorted((now.keys() | before.keys()) - set(names))
     return [
         f"{name}: {now.get(name)!r} now, {before.get(name)!r} before"
         for name in names
-        if name not in FREE and now.get(name) != before.get(name)
+        if name not in free and now.get(name) != before.get(name)
     ]

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from atst_fast.train.batch import Batch
 from atst_fast.train.config import UserError
 from atst_fast.train.pack import Pack, is_pack
 
+_Item = TypeVar("_Item", covariant=True)
 _ORDER, _CROP, _SUBSET = range(3)  # the streams of random numbers
 
 
@@ -160,17 +161,23 @@ class Batches:
         return Batch(step, out)
 
 
-class Prefetcher:
+class Prepares(Protocol[_Item]):
+    """What makes the batches of steps by number."""
+
+    def batch(self, step: int, *, pin: bool = False) -> _Item: ...
+
+
+class Prefetcher(Generic[_Item]):
     """Iterates over the batches of steps ``first .. last - 1``, prepared ahead by a thread. A context manager."""
 
-    def __init__(self, batches: Batches, first: int, last: int, *, ahead: int = 4, pin: bool = False):
-        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(ahead)
+    def __init__(self, batches: Prepares[_Item], first: int, last: int, *, ahead: int = 4, pin: bool = False):
+        self._queue: queue.Queue[_Item | BaseException | None] = queue.Queue(ahead)
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._work, args=(batches, first, last, pin), name="prefetch", daemon=True
         )
 
-    def __enter__(self) -> Iterator[Batch]:
+    def __enter__(self) -> Iterator[_Item]:
         self._thread.start()
         return iter(self._next, None)
 
@@ -178,13 +185,13 @@ class Prefetcher:
         self._stop.set()
         self._thread.join()
 
-    def _next(self) -> Batch | None:
+    def _next(self) -> _Item | None:
         item = self._queue.get()
         if isinstance(item, BaseException):
             raise item
         return item
 
-    def _work(self, batches: Batches, first: int, last: int, pin: bool) -> None:
+    def _work(self, batches: Prepares[_Item], first: int, last: int, pin: bool) -> None:
         try:
             for step in range(first, last):
                 if not self._put(batches.batch(step, pin=pin)):
@@ -193,7 +200,7 @@ class Prefetcher:
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: Batch | BaseException | None) -> bool:
+    def _put(self, item: _Item | BaseException | None) -> bool:
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=0.1)

@@ -56,7 +56,9 @@ class Stopwatch:
 class RunLog:
     """log.jsonl, TensorBoard and the console of a run. A context manager; ``first``: steps done before."""
 
-    def __init__(self, run: Path, console: Console, first: int, last: int, batch_size: int):
+    def __init__(
+        self, run: Path, console: Console, first: int, last: int, batch_size: int, *, doing: str = "pretraining"
+    ):
         self.console, self._run, self._batch_size = console, run, batch_size
         self._first, self._last = first, last
         self._done, self._since = first, time.perf_counter()
@@ -70,7 +72,7 @@ class RunLog:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("pretraining", total=last, completed=first, info="")
+        self._task = self._bar.add_task(doing, total=last, completed=first, info="")
         with explain(f"write the log {run / 'log.jsonl'}"):
             forget(run / "log.jsonl", first)
             self._file = open(run / "log.jsonl", "a")  # noqa: SIM115 (closed in __exit__)
@@ -122,7 +124,7 @@ class RunLog:
             raise UserError(f"{error}; the folder was moved or deleted during the run") from error
 
     def _watch_collapse(self, done: int, values: dict[str, float]) -> None:
-        low = [k for k in ("std_student", "std_teacher") if values[k] < COLLAPSED]
+        low = [k for k in ("std_student", "std_teacher") if values.get(k, COLLAPSED) < COLLAPSED]
         if low and not self._collapsed:
             told = ", ".join(f"{k} {values[k]:.4f}" for k in low)
             self.console.print(

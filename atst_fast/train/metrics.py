@@ -13,6 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 HOP = 0.04  # seconds: one token of a 64x4 patch
+METRICS = {
+    "clip_map": "clip mAP",
+    "clip_top1": "clip top-1",
+    "frame_map": "frame mAP",
+    "segment_f1": "segment F1 (1 s)",
+    "event_f1": "event F1 (200 ms)",
+}
 _SLACK = 1e-6  # of a frame or second: so that 0.28 / 0.04 is 7 and not 7.000000000000001
 
 
@@ -171,3 +178,27 @@ def best_thresholds(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
             hits, taken = np.cumsum(targets[order, k]), np.arange(1, len(order) + 1)
             thresholds[k] = scores[order[np.argmax(2 * hits / (taken + hits[-1]))], k]
     return thresholds
+
+
+def frame_values(
+    scores: Sequence[np.ndarray],
+    events: Sequence[Sequence[Event]],
+    labels: Sequence[str],
+    thresholds: np.ndarray,
+    median: int,
+    hop: float = HOP,
+) -> tuple[list[np.ndarray], dict[str, float]]:
+    """What is active in each file, and the values of a detector: mAP over frames, and the labels' mean F1 of segments
+    of 1 s and of events (200 ms, 20 %).
+
+    ``scores``: of each file ``[frames, labels]``; ``events``: those that are there. Active, bool ``[frames, labels]``,
+    is what reaches its label's threshold, after a median filter.
+    """
+    active = [median_filter(s >= thresholds, median) for s in scores]
+    pairs = [(true, events_of(a, labels, hop)) for true, a in zip(events, active, strict=True)]
+    truth = [roll(true, labels, len(a), hop) for true, a in zip(events, active, strict=True)]
+    return active, {
+        "frame_map": clip_map(np.concatenate(scores), np.concatenate(truth)),
+        "segment_f1": segment_counts(pairs).macro,
+        "event_f1": event_counts(pairs).macro,
+    }

@@ -15,24 +15,17 @@ import numpy as np
 from atst_fast.train.config import UserError
 from atst_fast.train.features import Features, Labelled, encoder_features, log_mels, mel_features, read_labels
 from atst_fast.train.metrics import (
+    METRICS,
     Event,
     best_thresholds,
     clip_map,
     event_counts,
     events_of,
-    median_filter,
+    frame_values,
     roll,
-    segment_counts,
     top1,
 )
 
-METRICS = {
-    "clip_map": "clip mAP",
-    "clip_top1": "clip top-1",
-    "frame_map": "frame mAP",
-    "segment_f1": "segment F1 (1 s)",
-    "event_f1": "event F1 (200 ms)",
-}
 CLIP_C = (0.01, 0.1, 1.0, 10.0, 100.0)
 FRAME_C = 1.0
 NEWTON_WIDTH = 1024
@@ -166,14 +159,9 @@ def _fit_frames(
     x_held, y_held = stack(held)
     thresholds = best_thresholds(probe(x_held), y_held)
     fitted.frames = [probe(x) for x in test.frames]
-    fitted.active = [median_filter(scores >= thresholds, config.median) for scores in fitted.frames]
-    pairs = [(f.events or (), events_of(a, task.labels)) for f, a in zip(task.test, fitted.active, strict=True)]
-    truth = [roll(f.events or (), task.labels, len(a)) for f, a in zip(task.test, fitted.active, strict=True)]
-    fitted.values |= {
-        "frame_map": clip_map(np.concatenate(fitted.frames), np.concatenate(truth)),
-        "segment_f1": segment_counts(pairs).macro,
-        "event_f1": event_counts(pairs).macro,
-    }
+    events = [f.events or () for f in task.test]
+    fitted.active, values = frame_values(fitted.frames, events, task.labels, thresholds, config.median)
+    fitted.values |= values
 
 
 def probe(config: ProbeConfig) -> Path:

@@ -1,0 +1,242 @@
+"""``atst-fast finetune``: the training loop of a pretrained encoder and a head, top to bottom; that of distill too."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from atst_fast.models import Distilled, FineTuned, layer_scales, tagging_loss
+from atst_fast.nn import LogMelSpectrogram
+from atst_fast.train import checkpoint, run
+from atst_fast.train.audio import Problems
+from atst_fast.train.config import UserError, conflicts
+from atst_fast.train.data import Prefetcher
+from atst_fast.train.device import pick_device
+from atst_fast.train.evaluate import Evaluation, held_out, show
+from atst_fast.train.files import explain, make_folder, only_one, write_atomically
+from atst_fast.train.finetune_config import FREE, FinetuneConfig, check, resolve
+from atst_fast.train.info import environment
+from atst_fast.train.labelled import HOP, LabelledBatch, LabelledBatches, Reader, fingerprint
+from atst_fast.train.logging import RunLog, Stopwatch
+from atst_fast.train.memory import keep_freed_memory
+from atst_fast.train.mixup import Mixup
+from atst_fast.train.probe import load_task
+from atst_fast.train.schedule import cosine_schedule
+from atst_fast.train.tagger import official, pretrained, undo_official
+
+SCORES = "scores.json"
+
+
+def finetune(config: FinetuneConfig) -> int:
+    """Train, or go on training, as ``config`` says; returns the exit code: 0, or 128 + the signal that stopped it."""
+    return execute(FinetuneRun, config)
+
+
+def execute(kind: "type[FinetuneRun]", config: FinetuneConfig) -> int:
+    check(config)
+    console = Console(stderr=True)
+    make_folder(config.out)
+    keep_freed_memory()
+    with only_one(config.out):
+        return kind(config, console).train()
+
+
+class FinetuneRun:
+    """Everything a run consists of; built from the configuration, then brought to where the last one stopped.
+
+    What is different in distillation: ``doing``, `build` and `losses`.
+    """
+
+    doing = "fine-tuning"
+
+    def __init__(self, config: FinetuneConfig, console: Console):
+        self.config, self.console = config, console
+        self.device = pick_device(config.device)
+        self.task = load_task(config.data)
+        if config.level == "frame" and not self.task.has_events:
+            raise UserError(f"--level frame needs the events of every file, which {config.data} does not have")
+        held, used = held_out(self.task.train, config.validation, config.seed)
+        if len(used) < config.batch_size:
+            raise UserError(f"{len(used)} files to train on do not fill one batch of {config.batch_size}; --batch-size")
+        self.settings = resolve(config, len(used) // config.batch_size, all(len(f.labels) == 1 for f in used))
+        self.settings["files"] = fingerprint([*self.task.train, *self.task.test])
+        s, self.steps = self.settings, self.settings["steps"]
+
+        torch.manual_seed(config.seed)
+        self.model, self.front_end = self.build()
+        self.model.to(self.device)
+        width, labels = self.tagger.encoder.patch_embed.patch_width, self.task.labels
+        per_token = width if config.level == "frame" else None
+        reader = Reader(used, config.workers)
+        self.batches = LabelledBatches(reader, labels, config.batch_size, s["seconds"], config.seed, per_token)
+        self.evaluation = Evaluation(
+            Reader(held, config.workers), Reader(self.task.test, config.workers), labels, self.front_end, s
+        )
+        self.log_mel = LogMelSpectrogram(**self.front_end).to(self.device)
+        self.mixup = Mixup(min(config.bank_size, len(used)), config.alpha, config.seed) if s["mixup"] else None
+        self.rates = cosine_schedule(s["peak_lr"], config.final_lr, self.steps, s["warmup_steps"])
+        self.optimizer = make_optimizer(self.model, config)
+        tagger = self.tagger
+        self.saved: dict[str, Any] = {"model": tagger.encoder.config, "head": tagger.config, "front_end": self.front_end}
+        self.saved |= {"labels": labels, "settings": s}
+        self.done = 0  # steps
+        self.last_saved: Path | None = None
+
+    def build(self) -> tuple[FineTuned | Distilled, dict[str, Any]]:
+        """The model, and its front end."""
+        c = self.config
+        encoder, front_end = pretrained(c.checkpoint, c.encoder, c.drop_path)
+        chunk, labels = self.chunk_frames, len(self.task.labels)
+        return FineTuned(encoder, labels, level=c.level, chunk_frames=chunk, scale_bug=c.scale_bug), front_end
+
+    def losses(self, mel: Tensor, lengths: Tensor, targets: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
+        """The loss, by that name, and what it consists of."""
+        return {"loss": tagging_loss(self.model(mel, lengths), targets, self.settings["loss"], valid)}
+
+    @property
+    def tagger(self) -> FineTuned:
+        """What is used when all is done."""
+        return self.model.tagger if isinstance(self.model, Distilled) else self.model
+
+    @property
+    def chunk_frames(self) -> int | None:
+        seconds = self.config.chunk_seconds
+        return None if seconds is None else int(seconds * 100) + 1
+
+    def train(self) -> int:
+        self.resume()
+        c, gpu = self.config, self.device.type == "cuda"
+        if self.done >= self.steps and (c.out / SCORES).exists():
+            self.console.print(f"complete: {self.done} of {self.steps} steps, {checkpoint.find(c.out)}")
+            return 0
+        self.describe()
+        watch = Stopwatch(self.device)
+        bad = torch.full((), -1, device=self.device)  # the first step whose loss was not finite
+        log = RunLog(c.out, self.console, self.done, self.steps, c.batch_size, doing=self.doing)
+        prefetcher = Prefetcher(self.batches, self.done, self.steps, ahead=c.prefetch, pin=gpu)
+        with run.stop_signals() as stopped, log, prefetcher as batches:
+            while self.done < self.steps and not stopped:
+                with watch("data", host=True):
+                    batch = next(batches)
+                with watch("mel"):
+                    inputs = self.prepare(batch)
+                with watch("step"):
+                    out = self.step(batch.step, *inputs)
+                bad.masked_fill_((bad < 0) & ~out["loss"].isfinite(), batch.step)
+                self.done += 1
+                log.advance()
+                last = self.done == self.steps or bool(stopped)
+                score, save = last or self.ends(c.eval_every), last or self.ends(c.save_every)
+                if score or save or self.done % c.log_every == 0:
+                    self.check_finite(int(bad))
+                    with watch("score", host=True):
+                        scores = self.evaluation.held_out(self.tagger) if score else {}
+                    values = {k: float(v) for k, v in out.items()} | {"lr": float(self.rates[batch.step])} | scores
+                    log.write(self.done, values, watch.shares())
+                if save:
+                    with watch("save", host=True):
+                        self.save()
+        if self.done == self.steps:
+            self.score()
+        left = {"done": self.done, "steps": self.steps, "saved": self.last_saved, "resume": c.resume}
+        return run.farewell(self.console, Problems(), stopped, **left)
+
+    def ends(self, epochs: int) -> bool:
+        """Whether the last step ended every ``epochs``-th epoch."""
+        return self.done % (epochs * self.batches.per_epoch) == 0
+
+    def prepare(self, batch: LabelledBatch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Mel ``[B, 1, F, T]``, valid frames int64 ``[B]`` on the CPU, targets, and which tokens count."""
+        waveform, samples, targets = (x.to(self.device, non_blocking=True) for x in batch[1:])
+        mel, lengths = self.log_mel(waveform, samples)[:, None], batch.lengths // HOP + 1
+        if self.config.level == "frame":
+            tokens = self.tagger.encoder.tokens(lengths).to(self.device)
+            return mel, lengths, targets, torch.arange(targets.shape[1], device=self.device) < tokens[:, None]
+        if self.mixup is not None:
+            mel, targets = self.mixup(mel, lengths, targets, batch.step)
+        return mel, lengths, targets.argmax(1) if self.settings["loss"] == "ce" else targets, None
+
+    def step(self, step: int, *inputs: Any) -> dict[str, Tensor]:
+        """One step of SGD; what `losses` gave, without a graph."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = float(self.rates[step]) * group["scale"]
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        out = self.losses(*inputs)
+        out["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        return {k: v.detach() for k, v in out.items()}
+
+    def resume(self) -> None:
+        """Bring everything to where the checkpoint stands, if there is one to go on from."""
+        path = run.to_resume(self.config.out, self.config.resume)
+        if path is None:
+            return
+        loaded, state = checkpoint.load(path), checkpoint.load_state(path)
+        run.refuse_other_settings(path, conflicts(self.settings, loaded.config.get("settings", {}), FREE))
+        self.model.load_state_dict(undo_official(loaded.weights))
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.mixup is not None:
+            self.mixup.load_state_dict(state["mixup"], self.device)
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self.done, self.last_saved = loaded.step, path
+
+    def describe(self) -> None:
+        """Say what is about to run, and write it to config.json."""
+        s, out = self.settings, self.config.out
+        if self.done:
+            self.console.print(f"going on after step {self.done}", highlight=False)
+        record = self.saved | {"environment": environment(), "command": sys.argv}
+        with explain(f"write {out / 'config.json'}"):
+            write_atomically(out / "config.json", lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
+        kind = "ATST-Frame" if self.tagger.encoder_is_frame else "ATST-Clip"
+        self.console.print(
+            f"{self.doing} {kind} at {s['level']} level on {self.device}: {len(self.batches.reader.files)} files, "
+            f"{len(self.task.labels)} labels, {self.steps} steps of {s['batch_size']} ({s['epochs']} epochs), "
+            f"{s['loss']}{' with mixup' if s['mixup'] else ''}, peak lr {s['peak_lr']:.2e}; run: {out}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def save(self) -> None:
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise UserError(f"step {self.done - 1}: weights are not finite any more; {run.kept(self.config.out)}")
+        state: dict[str, Any] = {
+            "optimizer": self.optimizer.state_dict(),
+            "mixup": None if self.mixup is None else self.mixup.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        c = self.config
+        self.last_saved = checkpoint.save(c.out, self.done, official(self.model), state, self.saved, c.keep, prefix="")
+
+    def score(self) -> None:
+        """Test files to the screen and to scores.json: of the last checkpoint, as officially, whichever is the best."""
+        out, scores = self.config.out, self.evaluation.test(self.tagger)
+        record = {"checkpoint": str(self.last_saved), "level": self.config.level, "test": scores}
+        with explain(f"write {out / SCORES}"):
+            write_atomically(out / SCORES, lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
+        self.console.print(show(scores, len(self.task.test)))
+
+    def check_finite(self, step: int) -> None:
+        if step >= 0:
+            names = "\n  ".join(self.batches.names(step))
+            kept = run.kept(self.config.out)
+            raise UserError(f"step {step}: the loss is not finite; {kept}. Clips of the batch:\n  {names}")
+
+
+def make_optimizer(model: FineTuned | Distilled, config: FinetuneConfig) -> torch.optim.SGD:
+    """SGD as the official code runs it; ``scale`` of a group is what its learning rate is multiplied by."""
+    scales, named = layer_scales(model, config.layer_decay, level=config.level), dict(model.named_parameters())
+    groups = [
+        {"params": [named[name] for name, own in scales.items() if own == scale], "scale": scale}
+        for scale in sorted(set(scales.values()))
+    ]
+    return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)

@@ -1,0 +1,134 @@
+"""Labelled audio to batches: which files, which part of them, and what their labels are in numbers."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from atst_fast.train.audio import AudioError, probe, read
+from atst_fast.train.config import RATE, UserError
+from atst_fast.train.features import Labelled
+from atst_fast.train.metrics import Event, roll
+
+HOP = 160  # samples of a mel frame
+_ORDER, _CROP = range(2)  # the streams of random numbers
+
+
+class LabelledBatch(NamedTuple):
+    """``waveform`` int16 ``[B, N]``, padded with zeros; ``lengths`` int64 ``[B]`` valid samples; ``targets`` float32
+    ``[B, classes]``, or ``[B, L, classes]`` per token."""
+
+    step: int
+    waveform: Tensor
+    lengths: Tensor
+    targets: Tensor
+
+
+class Reader:
+    """Labelled files by number, read by a pool of threads; ``samples`` int64 ``[files]``, their lengths at 16 kHz."""
+
+    def __init__(self, files: Sequence[Labelled], workers: int | None = None):
+        self.files = list(files)
+        self._pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="decode")
+        self.samples = np.array(list(self._pool.map(_length, self.files, chunksize=16)), np.int64)
+
+    def waveforms(self, numbers: Sequence[int], first: Sequence[int], most: int) -> tuple[Tensor, Tensor]:
+        """Of each file at most ``most`` samples from ``first`` on: int16 ``[B, N]``, N that of the longest one, and
+        the valid samples ``[B]``."""
+        parts = list(self._pool.map(_part, (self.files[i] for i in numbers), first, [most] * len(numbers)))
+        lengths = torch.tensor([len(part) for part in parts])
+        waveform = torch.zeros(len(parts), int(lengths.max()), dtype=torch.int16)
+        for row, part in zip(waveform, parts, strict=True):
+            row[: len(part)] = torch.from_numpy(part)
+        return waveform, lengths
+
+    def middle(self, numbers: Sequence[int], most: int) -> list[int]:
+        """Where the central ``most`` samples of each file begin."""
+        return (np.maximum(self.samples[list(numbers)] - most, 0) // 2).tolist()
+
+
+class LabelledBatches:
+    """Shuffled batches of all files, without the incomplete one at the end of an epoch.
+
+    Of files that are longer than ``seconds`` the middle is taken, as the official code does for labels of the whole;
+    with ``frames_per_token`` targets are per token and a random part is. Batch k of epoch e follows from (seed, e, k).
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        labels: Sequence[str],
+        batch_size: int,
+        seconds: float,
+        seed: int,
+        frames_per_token: int | None = None,
+    ):
+        self.reader, self.labels, self.batch_size, self.seed = reader, list(labels), batch_size, seed
+        self.most, self.frames_per_token = int(seconds * RATE), frames_per_token
+        self.per_epoch = len(reader.files) // batch_size
+        if not self.per_epoch:
+            n = len(reader.files)
+            raise UserError(f"{n} training files do not fill one batch of {batch_size}; give a smaller --batch-size")
+
+    def numbers(self, step: int) -> list[int]:
+        """The files of a step."""
+        epoch, k = divmod(step, self.per_epoch)
+        order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self.reader.files))
+        return order[k * self.batch_size : (k + 1) * self.batch_size].tolist()
+
+    def names(self, step: int) -> list[str]:
+        return [str(self.reader.files[i].path) for i in self.numbers(step)]
+
+    def batch(self, step: int, *, pin: bool = False) -> LabelledBatch:
+        numbers = self.numbers(step)
+        first = self.reader.middle(numbers, self.most)
+        if self.frames_per_token:
+            where = np.random.default_rng([self.seed, _CROP, step]).random(len(numbers))
+            first = (where * (np.maximum(self.reader.samples[numbers] - self.most, 0) + 1)).astype(int).tolist()
+        waveform, lengths = self.reader.waveforms(numbers, first, self.most)
+        files = [self.reader.files[i] for i in numbers]
+        if self.frames_per_token:
+            tokens = (waveform.shape[1] // HOP + 1) // self.frames_per_token
+            rolls = [token_targets(f, self.labels, a, tokens, self.frames_per_token) for f, a in zip(files, first)]
+            targets = torch.from_numpy(np.stack(rolls))
+        else:
+            targets = torch.tensor([[label in f.labels for label in self.labels] for f in files])
+        parts = waveform, lengths, targets.float()
+        return LabelledBatch(step, *(p.pin_memory() for p in parts)) if pin else LabelledBatch(step, *parts)
+
+
+def token_targets(
+    file: Labelled, labels: Sequence[str], first: int, tokens: int, frames_per_token: int
+) -> NDArray[np.bool_]:
+    """Bool ``[tokens, labels]``: what sounds in each token of a part that begins at sample ``first``."""
+    start = first / RATE
+    events = [Event(e.label, e.onset - start, e.offset - start) for e in file.events or () if e.offset > start]
+    return roll(events, labels, tokens, frames_per_token * HOP / RATE)
+
+
+def _length(file: Labelled) -> int:
+    try:
+        return probe(file.path).samples
+    except AudioError as error:
+        raise UserError(f"{file.path}: {error}") from error
+
+
+def _part(file: Labelled, first: int, most: int) -> NDArray[np.int16]:
+    try:
+        return read(file.path, first, most)
+    except AudioError as error:
+        raise UserError(f"{file.path}: {error}") from error
+
+
+def fingerprint(files: Sequence[Labelled]) -> str:
+    """sha256 over names, labels and events: what tells one task from another."""
+    h = hashlib.sha256()
+    for f in files:
+        h.update(repr((f.path.name, f.labels, f.events)).encode(errors="surrogateescape"))
+    return h.hexdigest()

@@ -1,0 +1,84 @@
+"""What every training run does around its loop: go on where it stopped, stop when asked to, say what it leaves."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from atst_fast.train import checkpoint
+from atst_fast.train.audio import Problems
+from atst_fast.train.config import UserError
+
+
+def to_resume(out: Path, how: str) -> Path | None:
+    """The checkpoint from which ``--resume how`` goes on; None: the run begins. UserError where it may not."""
+    found = checkpoint.checkpoints(out)
+    if how == "never":
+        if found:
+            raise UserError(f"{out} holds a run ({found[-1].name}) and --resume is never; choose another --out")
+        return None
+    if how == "auto":
+        return found[-1] if found else None
+    path = checkpoint.find(Path(how))
+    step = checkpoint.load(path).step
+    if found and checkpoint.step_of(found[-1]) > step:
+        cure = "delete what is later than it, or choose another --out"
+        raise UserError(f"--resume {how} is at step {step}, but {out} has {found[-1].name}; {cure}")
+    return path
+
+
+def refuse_other_settings(path: Path, differing: list[str]) -> None:
+    """UserError if there are settings that differ from those of the run of checkpoint ``path``."""
+    if differing:
+        cure = "give the old values, or another --out for a new run"
+        raise UserError(f"{path} belongs to a run of other settings; {cure}:\n  " + "\n  ".join(differing))
+
+
+def kept(out: Path) -> str:
+    """What there is to go back to, for the end of a message."""
+    found = checkpoint.checkpoints(out)
+    return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+
+def farewell(
+    console: Console,
+    problems: Problems,
+    stopped: list[signal.Signals],
+    *,
+    done: int,
+    steps: int,
+    saved: Path | None,
+    resume: str,
+) -> int:
+    """The last lines of a run, and its exit code: 0, or 128 + the signal that stopped it."""
+    if problems.reasons:
+        console.print(problems.summary(), style="yellow")
+    if done < steps:
+        told = f"{stopped[0].name}: saved {saved} at step {done} of {steps}"
+        again = "the same command" if resume == "auto" else "the same command with --resume auto"
+        console.print(f"{told}; {again} goes on from there", soft_wrap=True)
+        return 128 + stopped[0]
+    console.print(f"done: {steps} steps, {saved}", soft_wrap=True)
+    return 0
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """A list that SIGINT and SIGTERM are put into; a second one acts at once, as if nobody had asked for the first."""
+    stopped: list[signal.Signals] = []
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, _: object) -> None:
+        stopped.append(signal.Signals(number))
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+    for s in before:
+        signal.signal(s, stop)
+    try:
+        yield stopped
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
