@@ -138,3 +138,6 @@ SIMD_ULP = 2.0
 # in which most of that cancels: up to 1.5 %.
 BF16_STEP_RTOL = 0.12
 BF16_CURVE_RTOL = 0.03
+
+# embeddings
+POOLED = 2e-6  # a mean of up to 250 float32 values of about 1, added in another order

@@ -4,7 +4,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from atst_fast.train.config import RATE, UserError
 
 SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".w64", ".rf64", ".au"}
 MIN_SAMPLES = 513  # what the reflect padding of n_fft 1024 needs; the least that makes a patch of 40 ms
+_PIECE = 2**20  # samples of all channels that `stream` has in memory at once
 SILENT = "silent (every sample is 0; kept)"
 _INTEGER = {"PCM_S8", "PCM_U8", "PCM_16"}  # read as int16 without loss; the rest goes through float32
 # What libsndfile notes when a file ends before its header says. Sizes from 2^31 on are those of streamed WAV files,
@@ -91,12 +92,13 @@ def find_audio(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def probe(path: Path) -> Info:
-    """Rate and length from the header; AudioError when the file is empty, no audio, truncated or too short."""
+def probe(path: Path, at_least: int = MIN_SAMPLES) -> Info:
+    """Rate and length from the header; AudioError when the file is empty, no audio, truncated or too short: of less
+    than ``at_least`` samples at 16 kHz."""
     with _open(path) as f:
         info = Info(f.samplerate, f.frames)
-    if info.samples < MIN_SAMPLES:
-        raise AudioError(f"too short: {info.samples} samples at 16 kHz, at least {MIN_SAMPLES} needed")
+    if info.samples < at_least:
+        raise AudioError(f"too short: {info.samples} samples at 16 kHz, at least {at_least} needed")
     return info
 
 
@@ -124,22 +126,55 @@ def read(path: Path, start: int = 0, samples: int | None = None) -> NDArray[np.i
     return mono if at_rate else mono[start : None if samples is None else start + samples]
 
 
+def stream(path: Path, rate: int = RATE) -> Iterator[NDArray[np.float32]]:
+    """Mono float32 in [-1, 1] at ``rate`` Hz, in pieces of at most four million bytes at the file's rate: of any file,
+    however long, with the channels averaged and resampled (soxr HQ) as the whole would be, bit for bit.
+
+    Raises AudioError with the reason, perhaps after some pieces.
+    """
+    import soxr
+
+    with _open(path) as f:
+        resampler = None
+        if f.samplerate != rate:
+            resampler = soxr.ResampleStream(f.samplerate, rate, 1, dtype="float32", quality="HQ")
+        # bounded before and after resampling
+        size = max(1, min(_PIECE // f.channels, _PIECE * f.samplerate // rate))
+        left = f.frames
+        while left:
+            try:
+                x = f.read(min(size, left), dtype="float32", always_2d=True)
+            except (soundfile.LibsndfileError, RuntimeError) as error:
+                raise AudioError(f"undecodable: {_reason(error)}") from error
+            if not len(x):
+                raise AudioError(f"truncated: {f.frames - left} of {f.frames} samples can be decoded")
+            left -= len(x)
+            mono = _average(x)
+            yield mono if resampler is None else resampler.resample_chunk(mono, last=not left)
+
+
 def _mono(x: NDArray[Any], rate: int) -> NDArray[np.int16]:
     """[frames, channels] int16 or float32 to mono int16 at 16 kHz."""
     channels = x.shape[1]
     if x.dtype == np.int16 and channels == 1 and rate == RATE:
         return x[:, 0]
-    if not np.isfinite(x).all():
-        raise AudioError("not finite: it contains NaN or infinity")
-    mono = x[:, 0].astype(np.float32)
-    for c in range(1, channels):  # ten times as fast as mean(axis=1)
-        mono += x[:, c]
-    mono *= (1 / 32768 if x.dtype == np.int16 else 1) / channels
+    mono = _average(x)
     if rate != RATE:
         import soxr
 
         mono = soxr.resample(mono, rate, RATE, quality="HQ")
     return np.clip(np.rint(mono * 32768), -32768, 32767).astype(np.int16)
+
+
+def _average(x: NDArray[Any]) -> NDArray[np.float32]:
+    """[frames, channels] int16 or float32 to mono in [-1, 1]."""
+    if not np.isfinite(x).all():
+        raise AudioError("not finite: it contains NaN or infinity")
+    mono = x[:, 0].astype(np.float32)
+    for c in range(1, x.shape[1]):  # ten times as fast as mean(axis=1)
+        mono += x[:, c]
+    mono *= (1 / 32768 if x.dtype == np.int16 else 1) / x.shape[1]
+    return mono
 
 
 def _open(path: Path) -> soundfile.SoundFile:

@@ -34,6 +34,8 @@ COMMANDS = {
         "finetune_config",
         "DistillConfig",
         "ATST-C2F: train an ATST-Frame on an ATST-Clip's answers",
+    "embed": Command(
+        "embed", "embed", "embed", "EmbedConfig", "embeddings of a folder of audio, of any length and rate"
     ),
     "probe": Command("probe", "probe", "probe", "ProbeConfig", "measure what a trained encoder has learned"),
     "profile": Command("profile", "profile", "profile", "ProfileConfig", "show where the time of a training step goes"),
@@ -42,6 +44,7 @@ COMMANDS = {
 EXTRAS = {
     "train": {"tyro", "rich", "soundfile", "soxr", "safetensors", "tensorboard"},
     "train,eval": {"sklearn", "matplotlib"},
+    "train,parquet": {"pyarrow"},
     "train,demo": {"pretty_midi", "tinysoundfont"},
 }
 
