@@ -2,6 +2,7 @@
 
 ``atst_fast.ops`` functions, ``atst_fast.nn`` drop-in modules, ``atst_fast.models`` ATST-Frame,
 ``atst_fast.optim`` AdamW + teacher update in one pass, ``load_checkpoint()`` encoders of anybody's files,
+``Embedder`` embeddings of audio of any length, ``hear`` the same as HEAR calls it,
 ``build_info()`` who runs each operator here, and why.
 """
 
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from atst_fast import models, nn, ops, optim
-    from atst_fast.integrations import Checkpoint, CheckpointError, load_checkpoint
+    from atst_fast.integrations import Checkpoint, CheckpointError, Embedder, load_checkpoint
     from atst_fast.ops import build_info
 
 try:
@@ -22,6 +23,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Embedder",
     "__version__",
     "build_info",
     "load_checkpoint",
@@ -35,6 +37,7 @@ _HOMES = {
     "build_info": "ops",
     "Checkpoint": "integrations",
     "CheckpointError": "integrations",
+    "Embedder": "integrations",
     "load_checkpoint": "integrations",
 }
 

@@ -5,24 +5,24 @@ spellings in the singular are there too.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from atst_fast.integrations.embedding import Embedder
+from atst_fast.integrations import Embedder, load_checkpoint
 
 
-def load_model(model_file_path: str | Path = "", which: str = "teacher", **options: Any) -> Embedder:
+def load_model(
+    model_file_path: str | Path = "", which: Literal["teacher", "student"] = "teacher", **options: Any
+) -> Embedder:
     """The encoder of any checkpoint that ``atst_fast.load_checkpoint`` knows, in eval mode.
 
     ``options`` are those of `Embedder` (``n_blocks``, ``chunk_frames``, ``official``, ``batch_size``). The model has
     the attributes ``sample_rate``, ``scene_embedding_size`` and ``timestamp_embedding_size`` of HEAR.
 
-    Raises ``ValueError`` without a path: no weights come with this package.
+    Raises ``ValueError`` without a path, for no weights come with this package, and what ``load_checkpoint`` raises.
     """
-    from atst_fast.integrations.checkpoint import load_checkpoint
-
     if not str(model_file_path):
         raise ValueError("load_model: model_file_path must name a checkpoint: no weights come with this package")
     checkpoint = load_checkpoint(model_file_path, which)

@@ -21,6 +21,7 @@ ARROWS = {
     "optim": {"ops"},
     "models": {"ops", "nn", "files"},
     "integrations": {"ops", "nn", "models", "optim", "files"},
+    "hear": {"integrations"},
     "train": {"ops", "nn", "models", "optim", "integrations", "files"},
 }
 

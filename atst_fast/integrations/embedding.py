@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from atst_fast.integrations.spans import Span, covering, official_clip, official_frame
-from atst_fast.models import FrameEncoder
+from atst_fast.models import ClipEncoder, FrameEncoder
 from atst_fast.nn import LogMelSpectrogram
 from atst_fast.ops import _checks
 
@@ -42,12 +42,12 @@ class Embedder(nn.Module):
     Matches audiossl/methods/atstframe/embedding.py where ``official``.
     """
 
-    encoder: FrameEncoder
+    encoder: FrameEncoder | ClipEncoder
     front_end: LogMelSpectrogram
 
     def __init__(
         self,
-        encoder: FrameEncoder,
+        encoder: FrameEncoder | ClipEncoder,
         front_end: LogMelSpectrogram | Mapping[str, Any] | None = None,
         *,
         n_blocks: int | None = None,
@@ -56,8 +56,7 @@ class Embedder(nn.Module):
         batch_size: int = 8,
     ):
         super().__init__()
-        self.is_clip = hasattr(encoder, "cls_token")
-        if not isinstance(encoder, FrameEncoder):
+        if not isinstance(encoder, FrameEncoder | ClipEncoder):
             _checks.fail(_NAME, "encoder", "a FrameEncoder or a ClipEncoder", encoder, TypeError)
         if not isinstance(front_end, LogMelSpectrogram):
             front_end = LogMelSpectrogram(**{"n_mels": encoder.n_mels, **(front_end or {})})
@@ -71,13 +70,14 @@ class Embedder(nn.Module):
         if batch_size < 1:
             _checks.fail(_NAME, "batch_size", "at least 1", batch_size)
         self.encoder, self.front_end = encoder, front_end
+        self.is_clip = isinstance(encoder, ClipEncoder)
         self.n_blocks, self.official, self.batch_size = n_blocks, official, batch_size
         self.rows, self.patch = encoder.n_mels // encoder.patch_embed.patch_height, encoder.patch_embed.patch_width
         self.chunk_frames = self._chunk(chunk_frames)
         self.sample_rate = front_end.sample_rate
         self.hop_ms = 1000 * self.patch * front_end.hop_length / front_end.sample_rate
         self.timestamp_embedding_size = n_blocks * encoder.dim
-        self.scene_embedding_size = self.timestamp_embedding_size * (2 if self.is_clip else 1)
+        self.scene_embedding_size = self.timestamp_embedding_size * (2 if self._has_cls else 1)
 
     def scene(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """One embedding per clip, ``[B, scene_embedding_size]`` float32: the mean of its tokens, weighted as above.
@@ -87,8 +87,8 @@ class Embedder(nn.Module):
             lengths: int64 ``[B]``, valid samples of each clip, 1 to N; None: all. Clips shorter than n_fft // 2 + 1
                 samples are zero-padded to that. Each clip comes out as it would alone, up to rounding.
 
-        The blocks lie side by side in ascending order. Of a ``ClipEncoder``: first the class tokens of all blocks (mean
-        over chunks by their length), then the means of the tokens.
+        The blocks lie side by side in ascending order. Of a ``ClipEncoder`` with a class token: first the class
+        tokens of all blocks (the mean over chunks, by their length), then the means of the tokens.
 
         Raises:
             TypeError: waveform or lengths of another dtype. ValueError: a shape or a length out of range.
@@ -138,6 +138,10 @@ class Embedder(nn.Module):
         return official_frame(samples // hop + 1, self.patch, self.chunk_frames)
 
     @property
+    def _has_cls(self) -> bool:
+        return isinstance(self.encoder, ClipEncoder) and self.encoder.use_cls
+
+    @property
     def shortest(self) -> int:
         """The samples that the front end needs at least; what is shorter is zero-padded."""
         return self.front_end.n_fft // 2 + 1
@@ -151,8 +155,11 @@ class Embedder(nn.Module):
         longest = max(span.tokens for span in spans) * self.patch
         mel = torch.stack([_fit(part, span.tokens * self.patch, longest) for part, span in zip(parts, spans)])
         lengths = torch.tensor([span.tokens * self.patch for span in spans])
-        out = self.encoder.intermediate(mel[:, None], lengths, self.n_blocks)
-        cls, tokens = out if self.is_clip else (None, out)
+        cls = None
+        if isinstance(self.encoder, ClipEncoder):
+            cls, tokens = self.encoder.intermediate(mel[:, None], lengths, self.n_blocks)
+        else:
+            tokens = self.encoder.intermediate(mel[:, None], lengths, self.n_blocks)
         if self.rows > 1:  # patches above one another, of the same time
             tokens = tokens.unflatten(1, (-1, self.rows)).mean(dim=2)
         return None if cls is None else cls.float(), tokens.float()
@@ -165,7 +172,7 @@ class Embedder(nn.Module):
             row[span.tokens - 1] = span.last
             row *= span.share / span.divisor
         pooled = torch.bmm(weights.to(tokens.device)[:, None], tokens)[:, 0]
-        if cls is None:
+        if cls is None or not self._has_cls:
             return pooled
         shares = torch.tensor([span.share for span in spans]).to(tokens.device)
         return torch.cat([cls * shares[:, None], pooled], dim=1)

@@ -3,7 +3,7 @@ import torch
 
 from atst_fast.integrations.embedding import Embedder
 from atst_fast.integrations.mel_stream import floor_and_scale, stream_decibels
-from atst_fast.models import FrameEncoder
+from atst_fast.models import ClipEncoder, FrameEncoder
 from atst_fast.nn import LogMelSpectrogram
 from tests.golden import assert_golden, load
 from tests.tolerances import CHUNKED_FEATURES, MEL_CONSTANT, POOLED
@@ -262,3 +262,61 @@ def test_longer_chunks_need_interpolated_positions():
 def test_arguments_out_of_range_are_refused(waveform, lengths, error, message):
     with pytest.raises(error, match=message):
         embedder().scene(waveform, lengths)
+
+
+# ATST-Clip
+
+
+def clip_embedder(max_frames=101, **options):
+    torch.manual_seed(1)
+    use_cls = options.pop("use_cls", True)
+    return Embedder(ClipEncoder(SIZE, max_frames=max_frames, use_cls=use_cls).eval(), **options)
+
+
+@pytest.mark.parametrize("n_blocks", [1, 2])
+@torch.no_grad()
+def test_official_behaviour_of_clip(n_blocks):
+    """Chunk by chunk, as it goes through audio of any length; the golden spectrogram is given instead of audio."""
+    official = ClipEncoder({"dim": 48, "depth": 2, "num_heads": 3}).eval()
+    tensors = load("embedding")[0]
+    official.load_state_dict({k.removeprefix("in/wc/"): v for k, v in tensors.items() if k.startswith("in/wc/")})
+    e = Embedder(official, official=True, n_blocks=n_blocks)
+    mel = LogMelSpectrogram()(load("mel_waveforms")[0]["in/speech_160000"])
+    scenes = []
+    for frames in META["clip_len"]:
+        spans = e.spans((frames - 1) * 160, "scene")
+        parts = [mel[:, span.start : span.start + span.frames] for span in spans]
+        scenes.append(e.pool(*e.encode(parts, spans), spans).sum(0))
+    assert_golden("embedding", f"out/clip_chunks/n{n_blocks}", torch.stack(scenes))
+
+
+@torch.no_grad()
+def test_clip_scenes_are_class_tokens_then_means_by_length():
+    e, waveform = clip_embedder(), noise(1, 40000)
+    assert (e.scene_embedding_size, e.timestamp_embedding_size) == (128, 64)
+    embeddings, ms = e.timestamps(waveform)
+    assert embeddings.shape == (1, 63, 64)
+    assert ms[0, -1] == 2480
+    weights = torch.tensor([1.0] * 62 + [0.5])
+    mean = (embeddings * weights[:, None]).sum(1) / 62.5
+    mel = LogMelSpectrogram()(waveform[:, None])
+    parts = mel[..., :100], mel[..., 100:200], torch.cat([mel[..., 200:], mel[..., -1:]], dim=3)  # 51 frames and one
+    cls = [e.encoder.intermediate(part, None, 2)[0] for part in parts]
+    want = torch.cat([(25 * cls[0] + 25 * cls[1] + 12.5 * cls[2]) / 62.5, mean], dim=1)
+    torch.testing.assert_close(e.scene(waveform), want, rtol=0, atol=CHUNKED_FEATURES)
+
+
+@torch.no_grad()
+def test_without_a_class_token_a_scene_is_the_mean_alone():
+    e, waveform = clip_embedder(use_cls=False), noise(2, SECOND)
+    assert e.scene_embedding_size == 64
+    want = e.encoder.intermediate(LogMelSpectrogram()(waveform[:, None])[..., :100], None, 2)[1].mean(1)
+    torch.testing.assert_close(e.scene(waveform), want, rtol=0, atol=CHUNKED_FEATURES)
+
+
+def test_clip_sees_six_seconds_at_once():
+    assert clip_embedder(1001).chunk_frames == 600
+    assert clip_embedder(1001, official=True).chunk_frames == 601
+    assert clip_embedder(1001, chunk_frames=1000).chunk_frames == 1000
+    assert Embedder(encoder()).chunk_frames == 1000
+    assert Embedder(encoder(), official=True).chunk_frames == 1001
