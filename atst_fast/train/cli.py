@@ -34,6 +34,7 @@ COMMANDS = {
         "finetune_config",
         "DistillConfig",
         "ATST-C2F: train an ATST-Frame on an ATST-Clip's answers",
+    ),
     "embed": Command(
         "embed", "embed", "embed", "EmbedConfig", "embeddings of a folder of audio, of any length and rate"
     ),
