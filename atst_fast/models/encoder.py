@@ -145,7 +145,10 @@ class Encoder(nn.Module):
         if mask is not None:
             self._check_mask(mask, len(mel), self.tokens(mel.shape[3]))
             mask = mask.to(mel.device, non_blocking=True)
-        return self.patch_embed(mel, mask=mask, mask_embed=self.mask_embed, pos_embed=positions)
+        # Out of the graph where nothing is masked: DistributedDataParallel would make a gradient of zeros for it, and
+        # an optimizer decays what has a gradient.
+        mask_embed = None if mask is None else self.mask_embed
+        return self.patch_embed(mel, mask=mask, mask_embed=mask_embed, pos_embed=positions)
 
     def _check_mel(self, mel: Tensor) -> None:
         expected = f"[B, 1, {self.n_mels}, T] (clips, 1, mel bins, frames)"

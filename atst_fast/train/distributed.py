@@ -1,16 +1,21 @@
 """Training in several processes, as ``torchrun`` starts them: who they are, and what they have to agree on."""
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from atst_fast.train.config import UserError
 from atst_fast.train.device import pick_device
 
+# the older name warns where there is the newer one
+_NEWER, _OLDER = "forward_sync_buffers", "broadcast_buffers"
+_SYNC_BUFFERS = _NEWER if _NEWER in inspect.signature(DistributedDataParallel).parameters else _OLDER
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -30,6 +35,24 @@ class World:
     def first(self) -> bool:
         """Whether this is the process that writes what is written once: logs, weights."""
         return self.rank == 0
+
+    def seed(self, seed: int) -> int:
+        """A seed of this process's own; the first one keeps ``seed``."""
+        return (seed + 1_000_003 * self.rank) % 2**63
+
+    def replicate(self, model: nn.Module, *, find_unused: bool = False) -> nn.Module:
+        """``model`` as it computes here, with gradients that are the mean of all processes', and statistics of the
+        heads that are over the rows of all; ``find_unused``: there are parameters that no loss depends on.
+
+        Nothing is broadcast but the parameters, now: the running statistics stay equal by themselves.
+        """
+        if self.size == 1:
+            return model
+        replica = DistributedDataParallel(model, find_unused_parameters=find_unused, **{_SYNC_BUFFERS: False})
+        # After it has been wrapped: DistributedDataParallel refuses SyncBatchNorm on a CPU, where torch's own cannot
+        # run. Here ops.batch_norm_relu does. The parameters stay the same objects.
+        nn.SyncBatchNorm.convert_sync_batchnorm(replica.module)
+        return replica
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -98,7 +121,7 @@ def _own_device(name: str, local: int) -> torch.device:
     if device.type != "cuda":
         return device
     if device.index is not None:
-        raise UserError(f"--device must be auto, cpu or cuda under torchrun, which gives each process a GPU, got {name}")
+        raise UserError(f"--device must be auto, cpu or cuda under torchrun (each process takes its own), got {name}")
     if local >= torch.cuda.device_count():
         gpus = torch.cuda.device_count()
         raise UserError(f"--nproc-per-node must be at most {gpus}, the GPUs of this machine: there is none for {local}")
