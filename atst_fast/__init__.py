@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from atst_fast import models, nn, ops, optim
-    from atst_fast.integrations import Checkpoint, CheckpointError, Embedder, load_checkpoint
+    from atst_fast.integrations import Checkpoint, CheckpointError, Embedder, load_checkpoint, save_checkpoint
     from atst_fast.ops import build_info
 
 try:
@@ -31,6 +31,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "save_checkpoint",
 ]
 # name -> the module that it is imported from
 _HOMES = {
@@ -39,6 +40,7 @@ _HOMES = {
     "CheckpointError": "integrations",
     "Embedder": "integrations",
     "load_checkpoint": "integrations",
+    "save_checkpoint": "integrations",
 }
 
 

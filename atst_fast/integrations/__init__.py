@@ -1,7 +1,8 @@
 """Bridges to other code bases."""
 
 from atst_fast.integrations.checkpoint import Checkpoint, load_checkpoint
+from atst_fast.integrations.checkpoint_save import save_checkpoint
 from atst_fast.integrations.embedding import Embedder
 from atst_fast.models.weights import CheckpointError
 
-__all__ = ["Checkpoint", "CheckpointError", "Embedder", "load_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "Embedder", "load_checkpoint", "save_checkpoint"]

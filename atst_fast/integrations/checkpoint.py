@@ -1,22 +1,23 @@
 """Encoders out of checkpoints, whoever wrote them."""
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from atst_fast.integrations.checkpoint_config import encoder_settings, front_end_settings, is_clip
-from atst_fast.integrations.checkpoint_file import read
-from atst_fast.integrations.checkpoint_layout import STRICT, recognise
-from atst_fast.models.frame_encoder import FrameEncoder
+from atst_fast.integrations.checkpoint_config import config_of, encoder_settings, front_end_settings, is_clip
+from atst_fast.integrations.checkpoint_file import Content, read
+from atst_fast.integrations.checkpoint_layout import STRICT, Layout, Network, recognise
+from atst_fast.models import ClipEncoder, FrameEncoder
+from atst_fast.models.encoder import Encoder
 from atst_fast.models.weights import CheckpointError, Faults, is_finite, load_weights
 from atst_fast.ops import _checks
 
 __all__ = ["Checkpoint", "CheckpointError", "load_checkpoint"]
 
 _NAME = "load_checkpoint"
+_Encoder = TypeVar("_Encoder", bound=Encoder)
 
 
 class Checkpoint(NamedTuple):
@@ -28,7 +29,7 @@ class Checkpoint(NamedTuple):
     ``config``: what else the file says, in plain values ("hyper_parameters", "args", "epoch", "settings", ...).
     """
 
-    encoder: FrameEncoder
+    encoder: FrameEncoder | ClipEncoder
     front_end: dict[str, Any]
     method: str
     layout: str
@@ -64,21 +65,36 @@ def load_checkpoint(
     content = read(path)
     layout = recognise(content, path)
     network = layout.network(which, path)
-    weights = {k: content.tensors[network.prefix + k] for k in network.keys}
-    settings = encoder_settings(content.config, weights, num_heads, path)
-    front_end = front_end_settings(content.config, settings.get("n_mels", 64), path)
-    encoder = _build(is_clip(weights), settings, path)
-    extra = (*network.extra, *(layout.others if layout.name in STRICT else ()))
-    load_weights(encoder, weights, f"{path}: {_described(network.role, encoder)}", network.prefix, extra)
-    heads = {name: content.tensors[full].clone() for name, full in network.heads.items()}
-    broken = tuple(network.heads[name] for name, head in heads.items() if not is_finite(head))
-    if broken:
-        raise CheckpointError(f"{path}: its heads: {Faults((), (), (), broken)}", Faults((), (), (), broken))
+    encoder, front_end = load_network(content, layout, network, num_heads, path)
     if max_frames is not None and max_frames != encoder.max_frames:
         encoder = _resized(encoder, pos_embed, max_frames, path)
-    encoder = encoder.eval().requires_grad_(False)
-    method = "clip" if is_clip(weights) else "frame"
-    return Checkpoint(encoder, front_end, method, layout.name, heads, content.config)
+    heads = {name: content.tensors[full].clone() for name, full in network.heads.items()}
+    method = "clip" if isinstance(encoder, ClipEncoder) else "frame"
+    return Checkpoint(encoder.eval().requires_grad_(False), front_end, method, layout.name, heads, content.config)
+
+
+def load_network(
+    content: Content, layout: Layout, network: Network, num_heads: int | None, source: object
+) -> tuple[FrameEncoder | ClipEncoder, dict[str, Any]]:
+    """Encoder and front end of one network of a file; ``CheckpointError`` with the list of what does not fit."""
+    weights = {k: content.tensors[network.prefix + k] for k in network.keys}
+    config = config_of(content.config, network.role, layout.name)
+    kind: type[FrameEncoder | ClipEncoder] = ClipEncoder if is_clip(weights) else FrameEncoder
+    try:
+        encoder = kind.from_config({"model": encoder_settings(config, weights, num_heads, source)})
+    except CheckpointError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{source}: its configuration describes no encoder ({error})") from error
+    front_end = front_end_settings(config, encoder.n_mels, source)
+    words = f"{source}: {_described(network.role, encoder)}"
+    extra = (*network.extra, *(layout.others if layout.name in STRICT else ()))
+    load_weights(encoder, weights, words, network.prefix, extra)
+    broken = tuple(full for full in network.heads.values() if not is_finite(content.tensors[full]))
+    if broken:
+        faults = Faults((), (), (), broken)
+        raise CheckpointError(f"{words}, its heads: {faults}", faults)
+    return encoder, front_end
 
 
 def _check_arguments(which: str, pos_embed: str, max_frames: int | None, num_heads: int | None) -> None:
@@ -95,24 +111,13 @@ def _check_arguments(which: str, pos_embed: str, max_frames: int | None, num_hea
         raise ValueError(f"{_NAME}: max_frames must be given with pos_embed={pos_embed!r}: what for?")
 
 
-def _build(clip: bool, settings: dict[str, Any], source: object) -> FrameEncoder:
-    """The encoder, its weights on the meta device."""
-    if clip:
-        raise CheckpointError(f"{source} holds an ATST-Clip encoder")
-    try:
-        with torch.device("meta"):
-            return FrameEncoder(**settings)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{source}: its configuration describes no encoder ({error})") from error
-
-
-def _described(role: str, encoder: FrameEncoder) -> str:
+def _described(role: str, encoder: Encoder) -> str:
     """The network in words: the teacher (FrameEncoder of width 384, 12 blocks)."""
     size = f"{type(encoder).__name__} of width {encoder.dim}, {len(encoder.blocks)} blocks"
     return f"{f'the {role}' if role else 'it'} ({size})"
 
 
-def _resized(encoder: FrameEncoder, how: str, max_frames: int, source: object) -> FrameEncoder:
+def _resized(encoder: _Encoder, how: str, max_frames: int, source: object) -> _Encoder:
     """An encoder for inputs of up to ``max_frames`` with the weights of ``encoder``, its positions cut or resized."""
     width, has = encoder.patch_embed.patch_width, f"{source} has positions for {encoder.max_frames} frames"
     if max_frames < width:
@@ -126,19 +131,9 @@ def _resized(encoder: FrameEncoder, how: str, max_frames: int, source: object) -
             raise CheckpointError(f"{has}, too few to be cut to {max_frames}: use pos_embed='interpolate'")
         positions = old[:, : 1 + rows * columns]
     elif how == "interpolate":
-        positions = torch.cat([old[:, :1], interpolated(old[:, 1:], encoder.grid, columns)], dim=1)
+        positions = torch.cat([old[:, :1], encoder.resized_positions(max_frames).detach()], dim=1)
     else:
         raise CheckpointError(f"{has}, max_frames is {max_frames}: choose pos_embed='cut' or 'interpolate'")
-    with torch.device("meta"):
-        config: dict[str, Any] = {**encoder.config, "max_frames": max_frames}
-        other = type(encoder)(**config)
+    other = encoder.from_config({"model": {**encoder.config, "max_frames": max_frames}})
     other.load_state_dict(encoder.state_dict() | {"pos_embed": positions.clone()}, assign=True)
     return other
-
-
-def interpolated(positions: Tensor, grid: tuple[int, int], columns: int) -> Tensor:
-    """Positions ``[1, rows * old columns, D]`` for another number of columns (bicubic), ``[1, rows * columns, D]``."""
-    # by a scale factor, not to a size, as upstream: the 0.1 shifts the sampling points a little
-    scale = ((grid[0] + 0.1) / grid[0], (columns + 0.1) / grid[1])
-    picture = positions.unflatten(1, grid).permute(0, 3, 1, 2)
-    return F.interpolate(picture, scale_factor=scale, mode="bicubic").flatten(2).transpose(1, 2)

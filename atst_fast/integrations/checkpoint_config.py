@@ -28,6 +28,17 @@ _HEAD_DIM = 64  # channels, likewise
 _OF_SYSTEM = ("hidden", "out", "symmetric")
 
 
+def config_of(config: Mapping[str, Any], role: str, layout: str) -> Mapping[str, Any]:
+    """What a file says of one of its networks. ``models`` holds, by role, what differs from ``model``, and in a file
+    that ATST-C2F distilled ``model`` is the student's."""
+    by_role = config.get("models")
+    if isinstance(by_role, Mapping) and role in by_role:
+        return {**config, "model": by_role[role]}
+    if layout == "distilled" and role == "teacher":
+        return {k: v for k, v in config.items() if k != "model"}
+    return config
+
+
 def is_clip(weights: Mapping[str, Tensor]) -> bool:
     """Whether these are of ATST-Clip's encoder: a class token, or the last LayerNorm under its name."""
     return "cls_token" in weights or ("norm.weight" in weights and "norm_frame.weight" not in weights)

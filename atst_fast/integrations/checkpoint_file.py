@@ -1,7 +1,6 @@
 """What is in a checkpoint's file, whoever wrote it: tensors by name and the plain values beside them."""
 
 import argparse
-import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from atst_fast.models.pretrained import WEIGHTS_FILE, parse_config, read_config, read_safetensors
 from atst_fast.models.weights import CheckpointError
 
 # keys under which files keep the state dict of one network, or of the whole module
@@ -18,7 +18,6 @@ _STATE_DICTS = ("state_dict", "model", "model_state_dict")
 _NETWORKS = ("student", "teacher")
 _BESIDE = ("hyper_parameters", "args", "epoch", "global_step", "pytorch-lightning_version", "atst_fast")
 _DAMAGED = "is damaged or was written neither by torch.save nor by safetensors"
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
 class Content(NamedTuple):
@@ -48,51 +47,22 @@ def read(path: Path) -> Content:
     if len(head) < 9:
         raise CheckpointError(f"{path} is damaged: {len(head)} bytes are no checkpoint")
     if head[8:9] == b"{" and not head.startswith(b"PK"):
-        return read_safetensors(path)
+        return _read_safetensors(path)
     return _read_torch(path)
 
 
-def read_safetensors(path: Path) -> Content:
+def _read_safetensors(path: Path) -> Content:
     """``config`` is the JSON that the file's metadata may hold under that name."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{path} needs the package safetensors: pip install 'atst_fast[train]'") from error
-    try:
-        with safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
-            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
-    config: dict[str, Any] = {}
-    if "config" in metadata:
-        config = parse_config(path, metadata["config"])
+    tensors, metadata = read_safetensors(path)
+    config = parse_config(metadata["config"], path) if "config" in metadata else {}
     if metadata.get("step", "").isdigit():
-        config = {"step": int(metadata["step"])} | config
+        config = {"step": int(metadata["step"]), **config}
     return Content(tensors, config, "safetensors")
 
 
-def parse_config(path: Path, text: str) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its configuration is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: its configuration is no JSON object but {text[:40]!r}")
-    return config
-
-
 def _read_folder(path: Path) -> Content:
-    if not (path / CONFIG_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
-        raise CheckpointError(
-            f"{path} is a folder without {CONFIG_FILE} and {WEIGHTS_FILE}, which save_pretrained writes"
-        )
-    try:
-        text = (path / CONFIG_FILE).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path / CONFIG_FILE}: {error}") from error
-    config = parse_config(path / CONFIG_FILE, text)
-    return Content(read_safetensors(path / WEIGHTS_FILE).tensors, config, "pretrained")
+    config = read_config(path)
+    return Content(read_safetensors(path / WEIGHTS_FILE)[0], config, "pretrained")
 
 
 def _read_torch(path: Path) -> Content:
@@ -106,7 +76,8 @@ def _read_torch(path: Path) -> Content:
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors")
     beside = {str(k): plain(loaded[k]) for k in _BESIDE if k in loaded and not isinstance(loaded[k], Tensor)}
-    config = beside.pop("atst_fast", {}) | beside
+    ours = beside.pop("atst_fast", {})
+    config = {**(ours if isinstance(ours, dict) else {}), **beside}
     networks = [n for n in _NETWORKS if isinstance(loaded.get(n), Mapping)]
     if networks:
         tensors = {f"{n}.{k}": v for n in networks for k, v in _flat(loaded[n]).items()}

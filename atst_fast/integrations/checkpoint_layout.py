@@ -18,7 +18,7 @@ _HEADS = {"head", "linear", "projector", "predictor", "project_linear"}
 # heads that a pre-trained network may have; with anything else in it the file is not what it seems
 _PRETRAINED_HEADS = {"projector", "predictor", "head"}
 # layouts all of whose tensors are known: what is more is refused
-STRICT = ("lightning", "safetensors", "dino", "pretrained")
+STRICT = ("lightning", "safetensors", "dino")
 
 LAYOUTS = {
     "lightning": "pre-training (model.teacher.encoder.*, model.student.encoder.*)",
@@ -96,7 +96,9 @@ def _name(content: Content, prefixes: list[str]) -> str:
         return "dino"
     if {"student.", "teacher.encoder."} <= set(prefixes):
         return "distilled"
-    if any(p.endswith("encoder.encoder.") for p in prefixes):
+    root = prefixes[0].removesuffix("encoder.")
+    heads = [k for k in content.tensors if _unwrapped(k).startswith(f"{root}head.")]
+    if any(p.endswith("encoder.encoder.") for p in prefixes) or (prefixes == ["encoder."] and heads):
         return "finetuned"
     if any(p in ("teacher.encoder.", "student.encoder.") for p in prefixes):
         return "safetensors" if content.container == "safetensors" else "lightning"
@@ -105,14 +107,15 @@ def _name(content: Content, prefixes: list[str]) -> str:
 
 def _network(tensors: Mapping[str, Tensor], prefix: str, role: str, others: list[str], layout: str) -> Network:
     # everything under the prefix is the encoder's, but for another encoder below it and heads beside a bare one
-    inside = [
-        k for k in tensors if k.startswith(prefix) and not any(k.startswith(o) for o in others if len(o) > len(prefix))
-    ]
+    below = tuple(o for o in others if o.startswith(prefix))
+    inside = [k for k in tensors if k.startswith(prefix) and not k.startswith(below)]
     beside = {k for k in inside if layout == "bare" and k[len(prefix) :].split(".")[0] in _HEADS}
     keys = tuple(k[len(prefix) :] for k in inside if k not in beside)
     scope = _scope(prefix, layout, role)
-    around = [k for k in tensors if k.startswith(scope) and k not in inside and not _in_other(k, prefix, others)]
+    around = [k for k in tensors if k.startswith(scope) and k not in inside and not _in_other(k, others)]
     heads = {k[len(scope) :]: k for k in (*around, *sorted(beside))}
+    if layout == "dino":  # the name that the projector had before
+        heads = {re.sub(r"^head\.", "projector.", k): full for k, full in heads.items()}
     extra: tuple[str, ...] = ()
     if layout in STRICT:
         extra = tuple(full for k, full in heads.items() if k.split(".")[0] not in _PRETRAINED_HEADS)
@@ -123,15 +126,15 @@ def _network(tensors: Mapping[str, Tensor], prefix: str, role: str, others: list
 def _scope(prefix: str, layout: str, role: str) -> str:
     """What the names of a network's heads begin with."""
     if layout == "finetuned":
-        return prefix.removesuffix("encoder.encoder.")
+        return prefix.removesuffix("encoder.").removesuffix("encoder.")
     if layout == "distilled" and role == "student":
         return prefix.removesuffix("student.")
     return prefix.removesuffix("encoder.").removesuffix("backbone.")
 
 
-def _in_other(key: str, prefix: str, others: list[str]) -> bool:
+def _in_other(key: str, others: list[str]) -> bool:
     """Whether a tensor is of another network: below its encoder, or beside it."""
-    return any(key.startswith(o.removesuffix("encoder.").removesuffix("backbone.")) for o in others if o != prefix)
+    return key.startswith(tuple(o.removesuffix("encoder.").removesuffix("backbone.") for o in others))
 
 
 def _some_names(tensors: Mapping[str, Tensor]) -> str:

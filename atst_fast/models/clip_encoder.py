@@ -102,7 +102,7 @@ class ClipEncoder(Encoder):
             return self.pos_embed[:, :rows]
         if tokens == self.pos_embed.shape[1] - 1 and frames == self.max_frames:
             return self.pos_embed  # the official encoder does not resize to the same size
-        return torch.cat([self.pos_embed[:, :1], self._resized_positions(frames)], dim=1)
+        return torch.cat([self.pos_embed[:, :1], self.resized_positions(frames)], dim=1)
 
 
 def _first_of_each(x: Tensor) -> Tensor:

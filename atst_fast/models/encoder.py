@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from atst_fast.models.pretrained import Pretrained
 from atst_fast.nn import Block, FixedRows, PatchEmbed, Selection
 from atst_fast.nn.plain import is_plain
 from atst_fast.nn.stream import Stream, attended, drop_path_factors
@@ -20,9 +21,10 @@ ARCHS: dict[str, dict[str, int]] = {
     "base": {"dim": 768, "depth": 12, "num_heads": 12},
     "large": {"dim": 1024, "depth": 24, "num_heads": 16},
 }
+_Encoder = TypeVar("_Encoder", bound="Encoder")
 
 
-class Encoder(nn.Module):
+class Encoder(Pretrained):
     """The base of ``FrameEncoder`` and ``ClipEncoder``, which say what enters the blocks and what is read from them.
 
     Args:
@@ -102,6 +104,17 @@ class Encoder(nn.Module):
         self.add_module(self.norm_key, norm_layer(dim))
         self.reset_parameters()
 
+    def to_config(self) -> dict[str, Any]:
+        """``{"model": config}``."""
+        return {"model": self.config}
+
+    @classmethod
+    def from_config(cls: type[_Encoder], config: dict[str, Any]) -> _Encoder:
+        """An encoder of a `to_config`, or of what JSON made of one, on the meta device."""
+        model = config["model"]
+        with torch.device("meta"):
+            return cls(**{**model, "patch": tuple(model["patch"])})
+
     @property
     def last_norm(self) -> nn.LayerNorm:
         return getattr(self, self.norm_key)
@@ -167,7 +180,7 @@ class Encoder(nn.Module):
             expected = f"at most {self.max_frames} frames long (cut it, or use pos_type='interpolate')"
             raise ValueError(f"{self._name}: mel must be {expected}, got {frames} frames")
 
-    def _resized_positions(self, frames: int) -> Tensor:
+    def resized_positions(self, frames: int) -> Tensor:
         """All positions but row 0, resized to the input: ``[1, L, D]``."""
         # Resized by a scale factor, not to a size: the 0.1 (which guards the factor against rounding) shifts the
         # sampling points a little.

@@ -73,7 +73,7 @@ class FrameEncoder(Encoder):
 
     def _positions(self, frames: int) -> Tensor:
         if self.pos_type == "interpolate":
-            return self._resized_positions(frames)
+            return self.resized_positions(frames)
         tokens = self.tokens(frames)
         self._check_positions(tokens, self.pos_embed.shape[1] - 1, frames)
         return self.pos_embed[:, 1 : tokens + 1]

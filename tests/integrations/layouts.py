@@ -4,22 +4,36 @@ import argparse
 
 import torch
 
-from atst_fast.models import ATSTFrame
+from atst_fast.models import ATSTClip, ATSTFrame, ClipEncoder, Distilled, FineTuned, FrameEncoder
 
 SIZE = {"dim": 64, "depth": 2, "num_heads": 1}
 FRAMES = 41  # what the positions are for: 10 tokens
 HYPER = {"arch": "small", "n_mels": 64, "patch_h": 64, "patch_w": 4, "pos_type": "cut", "learning_rate": 1.6e-3}
 
 
-def frame_system(seed=0, **options):
-    """A system whose two networks differ, and whose running statistics are not those that it begins with."""
-    torch.manual_seed(seed)
-    system = ATSTFrame(SIZE, hidden=32, out=16, max_frames=FRAMES, **options)
+def moved(module):
+    """No tensor of it is what a new one begins with, and no two networks are equal."""
     with torch.no_grad():
-        for tensor in system.state_dict().values():
+        for tensor in module.state_dict().values():
             if tensor.is_floating_point():
                 tensor.add_(0.1 * torch.rand_like(tensor))
-    return system
+    return module
+
+
+def frame_system(**options):
+    return moved(ATSTFrame(SIZE, hidden=32, out=16, max_frames=FRAMES, **options))
+
+
+def clip_system(**options):
+    return moved(ATSTClip(SIZE, hidden=32, out=16, max_frames=FRAMES, **options))
+
+
+def fine_tuned(kind=ClipEncoder, classes=3):
+    return moved(FineTuned(kind(SIZE, max_frames=FRAMES), classes))
+
+
+def distilled(classes=3, **options):
+    return moved(Distilled(fine_tuned(classes=classes), FrameEncoder(SIZE, max_frames=FRAMES), **options))
 
 
 def linear_head(width, classes=3):
@@ -30,6 +44,12 @@ def linear_head(width, classes=3):
         "head.linear.weight": torch.randn(classes, width),
         "head.linear.bias": torch.randn(classes),
     }
+
+
+def assert_same(state, expected):
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(state[key], value), key
 
 
 def prefixed(prefix, state):
@@ -49,10 +69,10 @@ def lightning(path, state_dict, hyper_parameters=HYPER):
     torch.save({**beside, "state_dict": state_dict, "hyper_parameters": dict(hyper_parameters)}, path)
 
 
-def dino(path, networks, **arguments):
+def dino(path, networks, wrapper="module.", **arguments):
     """``networks``: "teacher" and "student" to the state of a backbone and of a head."""
     states = {
-        name: prefixed("module.backbone.", backbone) | prefixed("module.head.", head)
+        name: prefixed(f"{wrapper}backbone.", backbone) | prefixed(f"{wrapper}head.", head)
         for name, (backbone, head) in networks.items()
     }
     args = argparse.Namespace(anchor_len=[6.0, 6.0], pos_type="cut", use_cls=True, **arguments)

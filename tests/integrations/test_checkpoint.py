@@ -10,13 +10,17 @@ import atst_fast
 from atst_fast import CheckpointError, load_checkpoint
 from atst_fast.models import FrameEncoder
 from atst_fast.train import checkpoint
-from tests.integrations.layouts import FRAMES, HYPER, SIZE, dino, frame_system, lightning, linear_head, prefixed
-
-
-def assert_same(state, expected):
-    assert state.keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(state[key], value), key
+from tests.integrations.layouts import (
+    FRAMES,
+    HYPER,
+    SIZE,
+    assert_same,
+    dino,
+    frame_system,
+    lightning,
+    linear_head,
+    prefixed,
+)
 
 
 @pytest.fixture
@@ -124,7 +128,7 @@ def test_dino_of_frame(system, tmp_path):
     for which in networks:
         loaded = load_checkpoint(tmp_path / "base.ckpt", which)
         assert_same(loaded.encoder.state_dict(), networks[which][0])
-        assert_same(loaded.heads, prefixed("head.", networks[which][1]))
+        assert_same(loaded.heads, prefixed("projector.", networks[which][1]))
         assert loaded.layout == "dino"
         assert loaded.config["args"]["anchor_len"] == [6.0, 6.0]
 
@@ -314,7 +318,9 @@ class TestRefusals:
             load_checkpoint(tmp_path / "a.txt")
         with pytest.raises(CheckpointError, match=r"cannot read .*nowhere: No such file"):
             load_checkpoint(tmp_path / "nowhere")
-        with pytest.raises(CheckpointError, match=r"is a folder without config\.json and model\.safetensors"):
+        with pytest.raises(
+            CheckpointError, match=r"has no config\.json and no model\.safetensors, which save_pretrained writes"
+        ):
             load_checkpoint(tmp_path)
         torch.save([torch.zeros(1)], tmp_path / "list.pt")
         with pytest.raises(CheckpointError, match=r"list\.pt holds a list, expected a dict of tensors"):
