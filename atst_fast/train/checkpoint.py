@@ -161,7 +161,7 @@ def load_encoder(path: Path | str, which: str = "teacher") -> "Checkpoint":
     from atst_fast.integrations import CheckpointError, load_checkpoint
 
     path = Path(path)
-    is_run = path.is_dir() and not (path / "config.json").exists()
+    is_run = path.is_dir() and not (path / "model.safetensors").exists()  # save_pretrained writes that one
     try:
         return load_checkpoint(find(path) if is_run else path, cast(Any, which))
     except CheckpointError as error:

@@ -58,6 +58,7 @@ def test_keys_are_official_and_anybody_can_read_the_file(model, tmp_path):
 def test_load_encoder(model, tmp_path, which):
     path = save(tmp_path, model, 1)
     expected = getattr(model, which).encoder.state_dict()
+    (tmp_path / "config.json").write_text("{}")  # as every run has one
     for place in (path, tmp_path, tmp_path / checkpoint.FOLDER, str(path)):
         loaded = checkpoint.load_encoder(place, which)
         encoder, front_end = loaded.encoder, loaded.front_end
