@@ -44,11 +44,12 @@ class Evaluation:
 
     def test(self, model: FineTuned) -> dict[str, float]:
         """All metrics of the level. Thresholds of tokens are the best ones of the files held out, for each label; 0,
-        a probability of a half, where there are none."""
+        a probability of a half, for a label that none of them has."""
         thresholds = np.zeros(len(self.labels))
         if self.level == "frame" and self._held.files:
             scores = self._scores(model, self._held)
-            thresholds = best_thresholds(np.concatenate(scores), np.concatenate(self._truth(scores, self._held, model)))
+            best = best_thresholds(np.concatenate(scores), np.concatenate(self._truth(scores, self._held, model)))
+            thresholds = np.where(np.isfinite(best), best, 0.0)
         return self._values(self._scores(model, self._test), self._test, thresholds, model)
 
     def _scores(self, model: FineTuned, reader: Reader) -> Any:
