@@ -49,7 +49,7 @@ def test_partners_of_other_lengths_are_mixed_where_they_overlap(plain):
     shapes = set()
     for step in range(20):
         mel, lengths, targets = batch(step, (30, 12))
-        out, labels = mixup(mel, lengths, targets, step)
+        out, _ = mixup(mel, lengths, targets, step)
         assert not out[1, ..., 12:].any()  # its padding stays
         assert torch.equal(out[1, ..., :12], out[1, :, :1, :1].expand(1, 8, 12))  # a longer partner covers all of it
         changed = (out[0, 0, 0] != mel[0, 0, 0]).nonzero().squeeze(1)
