@@ -31,7 +31,7 @@ def frame_loss(student: Tensor, teacher: Tensor, *, symmetric: bool = True, coun
     """
     loss, sums = ops.frame_loss(student, teacher, symmetric=symmetric, count=count)
     if count is None:
-        rows = torch.full_like(sums[0, 0, :1], len(student))
+        rows = torch.full_like(sums[0, 0, :1], student.shape[0])
     else:
         rows = torch.where(loss.isnan(), loss, count).to(sums.dtype)[None]
     return FrameLoss(loss, *_spread(sums, rows.detach()))

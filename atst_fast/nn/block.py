@@ -11,7 +11,7 @@ from atst_fast.nn.frame_attention import FrameAttention
 from atst_fast.nn.mlp import Mlp
 from atst_fast.nn.plain import is_plain
 from atst_fast.nn.selection import FixedRows, Selection, take
-from atst_fast.nn.stream import Stream, attended, drop_path_factors
+from atst_fast.nn.stream import Stream, are_shapes_fixed, attended, drop_path_factors
 
 
 class Block(nn.Module):
@@ -61,9 +61,10 @@ class Block(nn.Module):
 
         ``draws`` ``[2, B]`` in [0, 1): a sample keeps a branch (attention, MLP) where floor(1 - drop_path + draw) is 1.
         Drawn when left out. ``fixed_shapes``: whether no shape depends on them, so that nothing waits for ``x``'s
-        device; by default so on a GPU and with ``FixedRows``. The draws are on that device then, else on the CPU.
+        device; by default so on a GPU, while `torch.compile` or `torch.export` traces, and with ``FixedRows``. The draws
+        are on that device then, else on the CPU.
         """
-        if isinstance(select, FixedRows) or (select is None and (x.is_cuda if fixed_shapes is None else fixed_shapes)):
+        if isinstance(select, FixedRows) or (select is None and are_shapes_fixed(x, fixed_shapes)):
             factors = self._factors(x, draws)
             if factors is not None and select is None:
                 length = attended(length, factors, x.shape[1])
@@ -111,7 +112,7 @@ class Block(nn.Module):
     def _factors(self, x: Tensor, draws: Tensor | None) -> Tensor | None:
         if not self.training or not self.drop_path:
             return None
-        draws = torch.rand(2, len(x), device=x.device) if draws is None else draws
+        draws = torch.rand(2, x.shape[0], device=x.device) if draws is None else draws
         return drop_path_factors([self.drop_path], draws.to(x.device, torch.float32)[None])[0]
 
     def _feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

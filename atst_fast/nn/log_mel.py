@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from atst_fast.ops.log_mel import log_mel_with, tables
+from atst_fast.ops.log_mel import log_mel_with, make_tables
 
 
 class LogMelSpectrogram(nn.Module):
@@ -11,7 +11,8 @@ class LogMelSpectrogram(nn.Module):
 
     Buffers, named as torchaudio's MelSpectrogram names them: ``spectrogram.window [win_length]`` and
     ``mel_scale.fb [n_fft // 2 + 1, n_mels]``, float32; what is loaded into them is what is computed with. They stay
-    float32 under ``.half()`` and ``.bfloat16()``: 80 dB do not fit into less.
+    float32 under ``.half()`` and ``.bfloat16()``: 80 dB do not fit into less. Made on the meta device, the module has its
+    tables again as soon as it leaves it.
     """
 
     def __init__(
@@ -30,10 +31,18 @@ class LogMelSpectrogram(nn.Module):
         super().__init__()
         self.sample_rate, self.n_fft, self.hop_length = sample_rate, n_fft, hop_length
         self.top_db, self.minmax, self.dtype = top_db, minmax, dtype
-        window, fb = tables(sample_rate, n_fft, win_length, f_min, f_max, n_mels)
+        self._settings = (sample_rate, n_fft, win_length, f_min, f_max, n_mels)
+        window, fb = make_tables(*self._settings)
+        device = torch.get_default_device()
         self.spectrogram, self.mel_scale = nn.Module(), nn.Module()
-        self.spectrogram.register_buffer("window", window.clone())
-        self.mel_scale.register_buffer("fb", fb.clone())
+        self.spectrogram.register_buffer("window", window.to(device))
+        self.mel_scale.register_buffer("fb", fb.to(device))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The tables of the arguments, in place of what the buffers hold."""
+        for buffer, table in zip((self._window, self._fb), make_tables(*self._settings)):
+            buffer.copy_(table)
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """``[..., N]`` float32 or int16 to ``[..., n_mels, T]``; per-clip floors need ``[B, 1, N]`` or ``lengths``."""
@@ -60,7 +69,10 @@ class LogMelSpectrogram(nn.Module):
         window, fb = self._window, self._fb
         super()._apply(fn, recurse)
         device = self._window.device
-        if self._window.dtype != torch.float32:
+        if window.is_meta and not self._window.is_meta:
+            # what comes from there has no values
+            self.spectrogram.window, self.mel_scale.fb = (t.to(device) for t in make_tables(*self._settings))
+        elif self._window.dtype != torch.float32:
             self.spectrogram.window, self.mel_scale.fb = window.to(device), fb.to(device)
         return self
 

@@ -98,7 +98,7 @@ class FixedSelection(NamedTuple):
         """
         expected = "[B, L] (clips, tokens), True where a token is read"
         _checks.tensor("FixedSelection", "mask", mask, expected, dim=2, dtypes=(torch.bool,))
-        if not isinstance(capacity, int) or capacity < 1:
+        if not _checks.is_integer(capacity) or capacity < 1:
             _checks.fail("FixedSelection", "capacity", "an integer of at least 1", capacity)
         batch, length = mask.shape
         device = mask.device
@@ -107,7 +107,7 @@ class FixedSelection(NamedTuple):
         ends = torch.nn.functional.pad(seen, (1, 0))[::length] if length else seen.new_zeros(batch + 1)
         # the i-th selected row is the first up to which i have been seen
         rows = torch.searchsorted(seen, torch.arange(1, capacity + 1, device=device))
-        rows = rows.masked_fill(rows >= len(mask), -1)
+        rows = rows.masked_fill(rows >= mask.shape[0], -1)
         inverse = (seen - 1).masked_fill(~mask | (seen > capacity), -1)
         count = ends[-1].masked_fill(ends[-1] > capacity, -1)
         keys = torch.arange(batch + 1, dtype=torch.int32, device=device) * length

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from atst_fast import ops
 from atst_fast.nn.plain import is_plain
+from atst_fast.ops import _checks
 
 
 class Stream(NamedTuple):
@@ -37,6 +38,12 @@ class Stream(NamedTuple):
             return self.x
         bias = self.y.new_zeros(self.y.shape[-1]) if self.bias is None else self.bias
         return ops.add_branch(self.x, self.y, bias, scale=self.scale)
+
+
+def are_shapes_fixed(x: Tensor, asked: bool | None) -> bool:
+    """Whether no shape may depend on a value: as asked, else where the host cannot look at values, which is on a GPU
+    and while `torch.compile` or `torch.export` traces."""
+    return not _checks.readable(x) if asked is None else asked
 
 
 def drop_path_factors(probabilities: list[float], draws: Tensor) -> Tensor:

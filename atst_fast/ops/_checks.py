@@ -36,6 +36,18 @@ def tensor(
         fail(op, name, expected, value)
 
 
+def is_integer(value: Any) -> bool:
+    """Whether it is a whole number, or a size that a trace keeps symbolic."""
+    return isinstance(value, int | torch.SymInt)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the host may look at the values of ``x`` without waiting, and there are any: not while `torch.compile` or
+    `torch.export` traces, nor in a tensor that only describes one (meta, fake)."""
+    # a subclass of Tensor may be anything; those that trace are subclasses
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and type(x) is Tensor
+
+
 def same_device(op: str, first: str, a: Tensor, **others: Tensor | None) -> None:
     """Check that all ``others`` (by argument name) lie on the device of ``a``."""
     for name, b in others.items():

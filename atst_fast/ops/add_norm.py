@@ -1,5 +1,7 @@
 """The residual stream between two matrix products: bias, stochastic depth, residual and LayerNorm in one pass."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -86,7 +88,7 @@ def _check(x, y, bias, scale, weight, norm_bias, eps) -> None:
 
 @torch.library.register_fake("atst_fast::add_norm")
 def _(x, y, bias, scale, weight, norm_bias, eps):
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # torch.Size.numel would make a number of a symbol
     moments = [x.new_empty(rows, dtype=torch.float32) for _ in range(2)]
     return x.new_empty(0) if y is None else torch.empty_like(x), torch.empty_like(x), *moments
 

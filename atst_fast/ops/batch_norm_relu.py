@@ -73,7 +73,7 @@ def batch_norm_relu(
     if running_mean is not None:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     if running_var is not None:
-        running_var.lerp_((variance * (len(x) / (len(x) - 1))).to(running_var.dtype), momentum)
+        running_var.lerp_((variance * (x.shape[0] / (x.shape[0] - 1))).to(running_var.dtype), momentum)
     return out
 
 

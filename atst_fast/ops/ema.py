@@ -114,7 +114,7 @@ def momentum_tensor(op: str, momentum: float | Tensor) -> Tensor:
         if momentum.dim() or momentum.dtype not in (torch.float32, torch.float64):
             _checks.fail(op, "momentum", "a number or a float32 or float64 tensor without axes", momentum, TypeError)
         # its value stays where it is: reading it would wait for the device, or break a graph that is being traced
-        if momentum.device.type != "cpu" or torch.compiler.is_compiling():
+        if not _checks.readable(momentum):
             return momentum
     elif not isinstance(momentum, (int, float)):
         _checks.fail(op, "momentum", "a number or a float32 or float64 tensor without axes", momentum, TypeError)

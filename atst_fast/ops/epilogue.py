@@ -16,8 +16,8 @@ def bias_gelu(h: Tensor, bias: Tensor) -> Tensor:
 
     Args:
         h: ``[..., D]``, a matrix product that has no bias yet. float32 runs the kernel, and on a GPU bfloat16 and
-            float16 of both do (computed in float32); otherwise they run plain PyTorch, as float64 does.
-        bias: ``[D]``.
+            float16 do (computed in float32); otherwise they run plain PyTorch, as float64 does.
+        bias: ``[D]``, converted to the dtype of h where it has another, as under autocast.
 
     Returns ``[..., D]`` in the dtype of h. Differentiable in both; the bits do not depend on the number of threads.
     Largest error against float64, float32 input, relative to ``max(1, |h + bias|)``: 4e-7 forward, and 2e-6 of the
@@ -29,7 +29,8 @@ def bias_gelu(h: Tensor, bias: Tensor) -> Tensor:
         TypeError: not a tensor, another dtype. ValueError: shapes or devices that do not fit.
     """
     _check("bias_gelu", "h", h, bias)
-    if not _kernel_takes(h, bias):
+    bias = bias.to(h.dtype)
+    if not _kernel_takes(h):
         return reference.bias_gelu(h, bias)
     return torch.ops.atst_fast.bias_gelu(h.contiguous(), bias.contiguous())
 
@@ -46,8 +47,9 @@ def add_branch(
     """``x + alpha * scale * (y + bias)``: the residual around a branch whose last matrix product has no bias yet.
 
     Args:
-        x: ``[N, ..., D]``, the residual stream. float32 (with y and bias) runs the kernel, and on a GPU bfloat16 and
-            float16 of all three do (computed in float32); otherwise they run plain PyTorch, as float64 does.
+        x: ``[N, ..., D]``, the residual stream. float32 runs the kernel, and on a GPU bfloat16 and float16 do (computed
+            in float32); otherwise they run plain PyTorch, as float64 does. y and bias are converted to the dtype of x
+            where they have another, as under autocast.
         y: ``[N, ..., D]``; or, with ``kept``, ``[K, ..., D]``.
         bias: ``[D]``. alpha: factor of the branch; stochastic depth divides by the probability of keeping it.
         kept: int64 ``[K]``, the items along the first axis that have the branch, each at most once; the others stay.
@@ -79,20 +81,20 @@ def add_branch(
         _checks.tensor(op, "scale", scale, expected, dim=1, dtypes=(torch.float32,))
         if scale.shape[0] != shape[0] or x.dim() < 2:
             _checks.fail(op, "scale", expected, scale)
-    if kept is not None and kept.device.type == "cpu" and not torch.compiler.is_compiling():
+    if kept is not None and _checks.readable(kept):
         items = kept.tolist()
         if len(set(items)) < len(items) or not all(0 <= item < x.shape[0] for item in items):
             raise ValueError(f"{op}: kept must name items from 0 to {x.shape[0] - 1}, each at most once, got {items}")
-    if not _kernel_takes(x, y, bias) or (scale is not None and not takes_halves(x)):
+    y, bias = y.to(x.dtype), bias.to(x.dtype)
+    if not _kernel_takes(x) or (scale is not None and not takes_halves(x)):
         return reference.add_branch(x, y, bias, alpha, kept, scale)
     kept, scale = (None if t is None else t.contiguous() for t in (kept, scale))
     return torch.ops.atst_fast.add_branch(x.contiguous(), y.contiguous(), bias.contiguous(), alpha, kept, scale)
 
 
-def _kernel_takes(x: Tensor, *others: Tensor) -> bool:
-    """Whether there is a kernel for these dtypes where they lie."""
-    same = all(t.dtype == x.dtype for t in others)
-    return same and (x.dtype == torch.float32 or (x.dtype in _HALVES and takes_halves(x)))
+def _kernel_takes(x: Tensor) -> bool:
+    """Whether there is a kernel for this dtype where it lies."""
+    return x.dtype == torch.float32 or (x.dtype in _HALVES and takes_halves(x))
 
 
 def _check(op: str, name: str, x: Tensor, bias: Tensor) -> None:

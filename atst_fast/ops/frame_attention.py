@@ -139,7 +139,7 @@ def _check_lengths(op: str, lengths: Tensor, qkv: Tensor) -> Tensor:
     if lengths.shape[0] != batch:
         _checks.fail(op, "lengths", expected, lengths)
     _checks.same_device(op, "qkv", qkv, lengths=lengths)
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checks.readable(lengths):
         for clip, n in enumerate(lengths.tolist()):
             if not 0 <= n <= tokens:
                 raise ValueError(f"{op}: lengths[{clip}] must be from 0 to L = {tokens} tokens, got {n}")
@@ -150,7 +150,7 @@ def _check_offsets(op: str, name: str, offsets: Tensor, rows: Tensor, rows_name:
     expected = f"[S + 1] ascending from 0 to at most the {rows.shape[0]} rows of {rows_name}"
     _checks.tensor(op, name, offsets, expected, dim=1, dtypes=(torch.int64, torch.int32))
     _checks.same_device(op, rows_name, rows, **{name: offsets})
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checks.readable(offsets):
         values = offsets.tolist()
         if not values or values[0] != 0 or values[-1] > rows.shape[0] or values != sorted(values):
             raise ValueError(f"{op}: {name} must be {expected}, got {values}")
@@ -160,9 +160,9 @@ def _check_offsets(op: str, name: str, offsets: Tensor, rows: Tensor, rows_name:
 def _check_longest(op: str, name: str, longest: int | None, offsets: Tensor, rows: Tensor) -> int:
     if longest is None:
         return rows.shape[0]
-    if not isinstance(longest, int) or longest < 0:
+    if not _checks.is_integer(longest) or longest < 0:
         _checks.fail(op, name, "an integer of at least 0, or None", longest)
-    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checks.readable(offsets):
         actual = int(offsets.diff().max()) if offsets.shape[0] > 1 else 0
         if actual > longest:
             _checks.fail(op, name, f"at least the {actual} rows of the longest sequence", longest)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from atst_fast.ops import _checks
+from atst_fast.ops import _autocast, _checks
 from atst_fast.ops._registry import register
 from atst_fast.reference import log_mel as reference
 
@@ -66,7 +66,8 @@ def log_mel(
         TypeError: waveform, lengths or dtype of another dtype. ValueError: a shape, length or setting out of range.
     """
     device = waveform.device if isinstance(waveform, Tensor) else _CPU
-    window, fb = tables(sample_rate, n_fft, win_length, f_min, f_max, n_mels, device)
+    # detached: of what it takes for a constant, torch.compile does not know whether it needs a gradient
+    window, fb = (t.detach() for t in _constant_tables(sample_rate, n_fft, win_length, f_min, f_max, n_mels, device))
     return log_mel_with(waveform, window, fb, hop_length, top_db=top_db, minmax=minmax, lengths=lengths, dtype=dtype)
 
 
@@ -106,11 +107,17 @@ def log_mel_with(
     rows = waveform.reshape(-1, samples).contiguous()
     args = (rows, _padded(window, n_fft), fb.contiguous(), lengths, hop_length, top_db, scale, bias, group)
     if torch.is_grad_enabled() and (waveform.requires_grad or window.requires_grad or fb.requires_grad):
-        with torch.autocast(waveform.device.type, enabled=False):  # no half precision holds 80 dB
+        with _autocast.off(waveform.device):  # no half precision holds 80 dB
             out = reference.log_mel(*args)
     else:
         out = torch.ops.atst_fast.log_mel(*args)
     return out.reshape(*waveform.shape[:-1], *out.shape[1:]).to(dtype)
+
+
+@torch.compiler.assume_constant_result
+def _constant_tables(*settings) -> tuple[Tensor, Tensor]:
+    """`tables`, which `torch.compile` is not to look into."""
+    return tables(*settings)
 
 
 @lru_cache(maxsize=32)
@@ -129,11 +136,14 @@ def tables(
     """
     # made of ordinary tensors whatever mode the first caller is in: inference, fake tensors, another default device
     with torch.inference_mode(False), _disable_current_modes():
-        window, fb = _make_tables(sample_rate, n_fft, win_length, f_min, f_max, n_mels)
+        window, fb = make_tables(sample_rate, n_fft, win_length, f_min, f_max, n_mels)
         return window.to(device), fb.to(device)
 
 
-def _make_tables(sample_rate, n_fft, win_length, f_min, f_max, n_mels) -> tuple[Tensor, Tensor]:
+def make_tables(
+    sample_rate: int, n_fft: int, win_length: int | None, f_min: float, f_max: float, n_mels: int
+) -> tuple[Tensor, Tensor]:
+    """New ones that may be written into, on the CPU, in the modes that the caller is in."""
     win_length = n_fft if win_length is None else win_length
     _check_settings(n_fft, win_length, 1, None, None, torch.float32)
     if not 0 <= f_min < f_max <= sample_rate / 2:
@@ -180,7 +190,7 @@ def _check_lengths(lengths: Tensor, waveform: Tensor, n_fft: int) -> Tensor:
     _checks.tensor(_OP, "lengths", lengths, expected, dim=1, dtypes=(torch.int64, torch.int32))
     if lengths.shape[0] != shape[0]:
         _checks.fail(_OP, "lengths", expected, lengths)
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checks.readable(lengths):
         for clip, n in enumerate(lengths.tolist()):
             if n != 0 and not n_fft // 2 < n <= samples:
                 expected = f"0, or more than n_fft // 2 = {n_fft // 2} and at most N = {samples}"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atst_fast.ops import _checks
+from atst_fast.ops import _autocast, _checks
 from atst_fast.ops._registry import differentiable_once, register, takes_halves
 from atst_fast.reference import mlp as reference
 
@@ -57,7 +57,7 @@ def _weight(name: str, weight: Tensor, rows: str, columns: int, of: str) -> None
 
 def _kernel_takes(x: Tensor, *others: Tensor) -> bool:
     """Whether there is a kernel for these dtypes where they lie."""
-    if any(t.dtype != x.dtype for t in others) or torch.is_autocast_enabled(x.device.type):
+    if any(t.dtype != x.dtype for t in others) or _autocast.is_on(x.device):
         return False
     return x.dtype == torch.float32 or (x.dtype in _HALVES and takes_halves(x))
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from atst_fast.ops import _checks
+from atst_fast.ops import _autocast, _checks
 from atst_fast.ops._registry import differentiable_once, register, takes_halves
 from atst_fast.reference import patch_embed as reference
 
@@ -80,7 +80,7 @@ def patch_embed(
     if not native or mel.dtype == torch.float64:
         mel = mel.float().contiguous()
     mask = None if mask is None else mask.contiguous()
-    with torch.autocast(mel.device.type, enabled=False):  # the operator calls a matrix product of torch
+    with _autocast.off(mel.device):  # the operator calls a matrix product of torch
         out = torch.ops.atst_fast.patch_embed(mel, weight, bias, mask, mask_embed, pos_embed, patch, stride)
     return out.to(asked)
 
@@ -171,7 +171,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad):
     mel, weight, mask = ctx.saved_tensors
     needs_mel = ctx.needs_input_grad[0]
-    with torch.autocast(grad.device.type, enabled=False):
+    with _autocast.off(grad.device):
         dweight, dbias, dmask_embed, dpos, dmel = torch.ops.atst_fast.patch_embed_backward(
             grad.contiguous(), mel, weight, mask, ctx.pos_rows, needs_mel, ctx.patch, ctx.stride
         )

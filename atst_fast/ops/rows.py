@@ -28,12 +28,12 @@ def select_rows(x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     """
     _checks.tensor(_OP, "x", x, "[R, D] (rows, width)", dim=2, dtypes=_DTYPES)
     _checks.tensor(_OP, "rows", rows, "[C] (the rows to take, or -1)", dim=1, dtypes=(torch.int64,))
-    expected = f"[R] = [{len(x)}] (the place of each row of x in rows, or -1)"
+    expected = f"[R] = [{x.shape[0]}] (the place of each row of x in rows, or -1)"
     _checks.tensor(_OP, "inverse", inverse, expected, dim=1, dtypes=(torch.int64,))
-    if len(inverse) != len(x):
+    if inverse.shape[0] != x.shape[0]:
         _checks.fail(_OP, "inverse", expected, inverse)
     _checks.same_device(_OP, "x", x, rows=rows, inverse=inverse)
-    if rows.device.type == "cpu" and len(rows) and not torch.compiler.is_compiling():
+    if _checks.readable(rows) and len(rows):
         last = int(rows.max())
         if last >= len(x):
             raise ValueError(f"{_OP}: rows must be numbers up to {len(x) - 1}, the last row of x, or -1, got {last}")

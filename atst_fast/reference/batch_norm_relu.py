@@ -15,7 +15,7 @@ def batch_norm_relu_backward(
     grad: Tensor, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
-    moments = torch.stack([torch.full_like(mean, len(x)), mean, variance])
+    moments = torch.stack([torch.full_like(mean, x.shape[0]), mean, variance])
     sums = batch_norm_relu_sums(grad, x, moments, weight, bias, None, eps)
     dx = batch_norm_relu_input_grad(grad, x, moments, sums, weight, bias, None, eps)
     return dx, sums[1].to(weight.dtype), sums[0].to(bias.dtype)
@@ -66,7 +66,7 @@ def batch_norm_relu_input_grad(
 
 def valid_rows(x: Tensor, count: Tensor | None) -> Tensor:
     """Bool ``[M, 1]``: which rows lie before ``count``."""
-    row = torch.arange(len(x), device=x.device)[:, None]
+    row = torch.arange(x.shape[0], device=x.device)[:, None]
     return row >= 0 if count is None else row < count
 
 

@@ -16,7 +16,7 @@ def frame_loss(student: Tensor, teacher: Tensor, count: Tensor | None, symmetric
     student, teacher = (F.normalize(x, dim=-1) for x in (student, teacher))
     sums = torch.stack([torch.stack([x.sum(0), x.square().sum(0)]) for x in (student.detach(), teacher)])
     if symmetric:
-        teacher = teacher.roll(len(teacher) // 2, 0) if count is None else teacher[_partner(teacher, count)]
+        teacher = teacher.roll(teacher.shape[0] // 2, 0) if count is None else teacher[_partner(teacher, count)]
     cosines = (student * teacher).sum(-1)
     return 2 - 2 * (cosines.mean() if count is None else cosines.sum() / _rows(student, count, symmetric)), sums
 
@@ -26,12 +26,12 @@ def frame_loss_backward(
 ) -> Tensor:
     """Gradient of the student's outputs; zeros from ``count`` on, and all of them where it fits no batch."""
     s, t = _wide(student), _wide(teacher)
-    n, valid = s.new_tensor(len(s)), None
+    n, valid = s.new_full((), s.shape[0]), None
     if count is not None:
         n, valid = _rows(s, count, symmetric), _valid(s, count, symmetric)
         s, t = s.where(valid, 0), t.where(valid, 0)
     if symmetric:
-        t = t.roll(len(t) // 2, 0) if count is None else t[_partner(t, count)]
+        t = t.roll(t.shape[0] // 2, 0) if count is None else t[_partner(t, count)]
     norm = s.norm(dim=-1, keepdim=True)
     s, t = s / norm.clamp(min=_EPS), F.normalize(t, dim=-1)
     # below the least norm a row is only scaled: its length counts too
@@ -46,7 +46,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _fits(x: Tensor, count: Tensor, symmetric: bool) -> Tensor:
     """Whether a batch can have that many rows; -1 says that it had more than there was room for."""
-    return (count >= 2) & (count <= len(x)) & ((count % 2 == 0) | (not symmetric))
+    return (count >= 2) & (count <= x.shape[0]) & ((count % 2 == 0) | (not symmetric))
 
 
 def _rows(x: Tensor, count: Tensor, symmetric: bool) -> Tensor:
@@ -56,11 +56,11 @@ def _rows(x: Tensor, count: Tensor, symmetric: bool) -> Tensor:
 
 def _valid(x: Tensor, count: Tensor, symmetric: bool) -> Tensor:
     """Bool ``[R, 1]``: which rows count."""
-    row = torch.arange(len(x), device=x.device)[:, None]
+    row = torch.arange(x.shape[0], device=x.device)[:, None]
     return (row < count) & _fits(x, count, symmetric)
 
 
 def _partner(x: Tensor, count: Tensor) -> Tensor:
     """The row of the other view; any for the padding."""
-    row, half = torch.arange(len(x), device=x.device), count // 2
-    return torch.where(row < half, row + half, row - half).clamp(0, len(x) - 1)
+    row, half = torch.arange(x.shape[0], device=x.device), count // 2
+    return torch.where(row < half, row + half, row - half).clamp(0, x.shape[0] - 1)

@@ -5,6 +5,6 @@ from torch import Tensor
 
 def select_rows(x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     """``[R, D]`` to ``[C, D]``: row ``rows[i]`` of x at place i, zeros where that is -1."""
-    if not len(x):
-        return x.new_zeros(len(rows), x.shape[1])
+    if not x.shape[0]:
+        return x.new_zeros(rows.shape[0], x.shape[1])
     return x.index_select(0, rows.clamp(min=0)).masked_fill((rows < 0)[:, None], 0)
