@@ -61,12 +61,12 @@ def _both(lengths1: Tensor | None, lengths2: Tensor | None, mel: Tensor) -> Tens
     """The lengths of both views one after the other; None: all frames of all clips."""
     if lengths1 is None and lengths2 is None:
         return None
-    clips, frames = len(mel), mel.shape[-1]
+    clips, frames = mel.shape[0], mel.shape[-1]
     for name, lengths in (("lengths1", lengths1), ("lengths2", lengths2)):
         if lengths is not None:
             expected = f"[{clips}] (valid frames of each clip, 0 to {frames})"
             _checks.tensor(_NAME, name, lengths, expected, dim=1, dtypes=(torch.int64,))
-            if len(lengths) != clips:
+            if lengths.shape[0] != clips:
                 _checks.fail(_NAME, name, expected, lengths)
     given = lengths1 if lengths1 is not None else lengths2
     whole = torch.full((clips,), frames, device=None if given is None else given.device)

@@ -38,7 +38,7 @@ class ClipEncoder(Encoder):
         if not self.use_cls:
             return self._patches(mel, mask, positions)
         first, rest = positions[:, :1], positions[:, 1:]
-        return torch.cat([(self.cls_token + first).expand(len(mel), -1, -1), self._patches(mel, mask, rest)], dim=1)
+        return torch.cat([(self.cls_token + first).expand(mel.shape[0], -1, -1), self._patches(mel, mask, rest)], dim=1)
 
     def forward(self, mel: Tensor, lengths: Tensor | None = None, *, select: FixedRows | None = None) -> Tensor:
         """One vector a clip, ``[B, D]``: its class token after ``norm``. The last block computes these rows only.
@@ -60,11 +60,11 @@ class ClipEncoder(Encoder):
     def select(self, mel: Tensor, lengths: Tensor | None) -> FixedRows | None:
         """Lists of the class tokens for `forward` with fixed shapes, on the device of mel; ``count`` is -1 where a
         length is out of range. None where shapes are not fixed, on a CPU, and where there is no class token."""
-        if not self.use_cls or not len(mel) or not self._is_fixed(mel):
+        if not self.use_cls or mel.shape[0] == 0 or not self._is_fixed(mel):
             return None
         tokens = 1 + self.tokens(mel.shape[3])
-        first = (torch.arange(tokens, device=mel.device) == 0).expand(len(mel), -1)
-        return FixedRows.build(first, self._attended(lengths, mel)[0], len(mel))
+        first = (torch.arange(tokens, device=mel.device) == 0).expand(mel.shape[0], -1)
+        return FixedRows.build(first, self._attended(lengths, mel)[0], mel.shape[0])
 
     def intermediate(self, mel: Tensor, lengths: Tensor | None = None, n_blocks: int = 1) -> tuple[Tensor, Tensor]:
         """Class tokens ``[B, n_blocks * D]`` (zeros where there are none) and tokens ``[B, L, n_blocks * D]`` of the
@@ -72,12 +72,8 @@ class ClipEncoder(Encoder):
         x = self.prepare_tokens(mel)
         rows = torch.cat(self._last_blocks(x, self._attended(lengths, mel)[0], n_blocks), dim=-1)
         if not self.use_cls:
-            return rows.new_zeros(len(rows), rows.shape[2]), rows
+            return rows.new_zeros(rows.shape[0], rows.shape[2]), rows
         return rows[:, 0], rows[:, 1:]
-
-    def _is_fixed(self, x: Tensor) -> bool:
-        # the counts of a Selection depend on values, which a compiler does not know
-        return super()._is_fixed(x) or (self.fixed_shapes is None and torch.compiler.is_compiling())
 
     def _attended(self, lengths: Tensor | None, mel: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Valid tokens of each clip, the class token included, as `_valid`."""

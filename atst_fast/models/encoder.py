@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from atst_fast.models.pretrained import Pretrained
 from atst_fast.nn import Block, FixedRows, PatchEmbed, Selection
 from atst_fast.nn.plain import is_plain
-from atst_fast.nn.stream import Stream, attended, drop_path_factors
+from atst_fast.nn.stream import Stream, are_shapes_fixed, attended, drop_path_factors
 from atst_fast.ops import _checks
 
 # "small", "base" and "large" are the published sizes; "tiny" is for demonstrations on a CPU.
@@ -44,10 +44,11 @@ class Encoder(Pretrained):
 
     On a GPU, or with ``fixed_shapes`` set to True, no shape depends on their values nor on the draws of stochastic
     depth, which that device makes: nothing is counted or waited for, and a CUDA graph can hold any call whose arguments
-    lie on it. There a length out of range is not refused; it gives NaN.
+    lie on it. So it is while `torch.compile` or `torch.export` traces, on a CPU too. There a length out of range is not
+    refused; it gives NaN.
     """
 
-    fixed_shapes: bool | None = None  # None: on a GPU
+    fixed_shapes: bool | None = None  # None: where the host cannot look at values
     tokens_learned: tuple[str, ...] = ("mask_embed",)  # parameters [1, 1, D]
     norm_key = "norm"  # of the last LayerNorm
     mask_embed: nn.Parameter
@@ -156,7 +157,7 @@ class Encoder(Pretrained):
     def _patches(self, mel: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         """Embedded patches ``[B, L, D]``: masked ones replaced by the mask token, then positions added."""
         if mask is not None:
-            self._check_mask(mask, len(mel), self.tokens(mel.shape[3]))
+            self._check_mask(mask, mel.shape[0], self.tokens(mel.shape[3]))
             mask = mask.to(mel.device, non_blocking=True)
         # Out of the graph where nothing is masked: DistributedDataParallel would make a gradient of zeros for it, and
         # an optimizer decays what has a gradient.
@@ -194,13 +195,13 @@ class Encoder(Pretrained):
         if lengths is None:
             return None, None
         frames = mel.shape[3]
-        expected = f"[{len(mel)}] (valid frames of each clip, 0 to {frames})"
+        expected = f"[{mel.shape[0]}] (valid frames of each clip, 0 to {frames})"
         _checks.tensor(self._name, "lengths", lengths, expected, dim=1, dtypes=(torch.int64,))
-        if len(lengths) != len(mel):
+        if lengths.shape[0] != mel.shape[0]:
             _checks.fail(self._name, "lengths", expected, lengths)
         host = self.tokens(lengths)
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-            if len(lengths) and not 0 <= int(lengths.min()) <= int(lengths.max()) <= frames:
+        if _checks.readable(lengths):
+            if lengths.shape[0] and not 0 <= int(lengths.min()) <= int(lengths.max()) <= frames:
                 _checks.fail(self._name, "lengths", expected, lengths.tolist())
             if (host >= self.tokens(frames)).all():
                 return None, None
@@ -210,7 +211,7 @@ class Encoder(Pretrained):
         return cast(Iterator[Block], iter(self.blocks))
 
     def _is_fixed(self, x: Tensor) -> bool:
-        return x.is_cuda if self.fixed_shapes is None else self.fixed_shapes
+        return are_shapes_fixed(x, self.fixed_shapes)
 
     def _all_rows(self, x: Tensor, length: Tensor | None) -> Tensor:
         """All rows of the last block after the last norm; those past ``length`` attend to the valid ones."""
@@ -274,7 +275,7 @@ class Encoder(Pretrained):
         probabilities = [float(block.drop_path) if block.training else 0.0 for block in self._blocks()]
         if not any(probabilities):
             return [None] * len(self.blocks), [length] * len(self.blocks)
-        draws = torch.rand(len(self.blocks), 2, len(x), device=x.device)
+        draws = torch.rand(len(self.blocks), 2, x.shape[0], device=x.device)
         factors = drop_path_factors(probabilities, draws)
         lengths = attended(length, factors, x.shape[1])
         each = [(f, n) if p else (None, length) for p, f, n in zip(probabilities, factors.unbind(), lengths.unbind())]

@@ -38,7 +38,7 @@ class FrameEncoder(Encoder):
         ``select``: what `select` made of the same arguments, which student and teacher can share. Then, and wherever
         shapes are fixed, the rows are ``[C, D]``, and those from ``select.count`` on are padding.
         """
-        self._check_mask(mask, len(mel), self.tokens(mel.shape[-1]))
+        self._check_mask(mask, mel.shape[0], self.tokens(mel.shape[-1]))
         if select is None and self._is_fixed(mel):
             select = self.select(mel, lengths, mask, mask.numel())
         x = self.prepare_tokens(mel, mask if replace else None)
@@ -58,7 +58,7 @@ class FrameEncoder(Encoder):
         ``capacity``: how many there are at most, C; by default B * L. If there are more, ``count`` is -1. None where
         shapes are not fixed: on a CPU, unless there is a capacity.
         """
-        self._check_mask(mask, len(mel), self.tokens(mel.shape[-1]))
+        self._check_mask(mask, mel.shape[0], self.tokens(mel.shape[-1]))
         if capacity is None and not self._is_fixed(mel):
             return None
         valid, _ = self._valid(lengths, mel)
