@@ -61,8 +61,8 @@ class Block(nn.Module):
 
         ``draws`` ``[2, B]`` in [0, 1): a sample keeps a branch (attention, MLP) where floor(1 - drop_path + draw) is 1.
         Drawn when left out. ``fixed_shapes``: whether no shape depends on them, so that nothing waits for ``x``'s
-        device; by default so on a GPU, while `torch.compile` or `torch.export` traces, and with ``FixedRows``. The draws
-        are on that device then, else on the CPU.
+        device; by default so on a GPU, while `torch.compile` or `torch.export` traces, and with ``FixedRows``. Then the
+        draws are on that device, else on the CPU.
         """
         if isinstance(select, FixedRows) or (select is None and are_shapes_fixed(x, fixed_shapes)):
             factors = self._factors(x, draws)

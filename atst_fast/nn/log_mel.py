@@ -11,8 +11,8 @@ class LogMelSpectrogram(nn.Module):
 
     Buffers, named as torchaudio's MelSpectrogram names them: ``spectrogram.window [win_length]`` and
     ``mel_scale.fb [n_fft // 2 + 1, n_mels]``, float32; what is loaded into them is what is computed with. They stay
-    float32 under ``.half()`` and ``.bfloat16()``: 80 dB do not fit into less. Made on the meta device, the module has its
-    tables again as soon as it leaves it.
+    float32 under ``.half()`` and ``.bfloat16()``: 80 dB do not fit into less. A module that was made on the meta device
+    has its tables again as soon as it leaves it.
     """
 
     def __init__(
