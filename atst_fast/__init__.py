@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from atst_fast import models, nn, ops, optim
-    from atst_fast.integrations import Checkpoint, CheckpointError, Embedder, load_checkpoint, save_checkpoint
+    from atst_fast.integrations import (
+        Checkpoint,
+        CheckpointError,
+        Embedder,
+        inspect_checkpoint,
+        load_checkpoint,
+        save_checkpoint,
+    )
     from atst_fast.ops import build_info
 
 try:
@@ -26,6 +33,7 @@ __all__ = [
     "Embedder",
     "__version__",
     "build_info",
+    "inspect_checkpoint",
     "load_checkpoint",
     "models",
     "nn",
@@ -39,6 +47,7 @@ _HOMES = {
     "Checkpoint": "integrations",
     "CheckpointError": "integrations",
     "Embedder": "integrations",
+    "inspect_checkpoint": "integrations",
     "load_checkpoint": "integrations",
     "save_checkpoint": "integrations",
 }

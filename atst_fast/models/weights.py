@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-_SHOWN = 5
+SHOWN = 5  # keys of a kind in a message
 
 
 class CheckpointError(ValueError):
@@ -85,5 +85,5 @@ def _kind(x: Tensor, other: Tensor) -> str:
 
 
 def _some(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return ", ".join(keys[:_SHOWN]) + more
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    return ", ".join(keys[:SHOWN]) + more

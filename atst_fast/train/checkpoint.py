@@ -160,12 +160,16 @@ def load_encoder(path: Path | str, which: str = "teacher") -> "Checkpoint":
     such encoder."""
     from atst_fast.integrations import CheckpointError, load_checkpoint
 
-    path = Path(path)
-    is_run = path.is_dir() and not (path / "model.safetensors").exists()  # save_pretrained writes that one
     try:
-        return load_checkpoint(find(path) if is_run else path, cast(Any, which))
+        return load_checkpoint(of_run(Path(path)), cast(Any, which))
     except CheckpointError as error:
         raise UserError(str(error)) from error
+
+
+def of_run(path: Path) -> Path:
+    """The last checkpoint of a run's folder; any other path as it is."""
+    is_run = path.is_dir() and not (path / "model.safetensors").exists()  # save_pretrained writes that one
+    return find(path) if is_run else path
 
 
 def load_model(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:

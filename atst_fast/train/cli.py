@@ -39,6 +39,7 @@ COMMANDS = {
         "embed", "embed", "embed", "EmbedConfig", "embeddings of a folder of audio, of any length and rate"
     ),
     "probe": Command("probe", "probe", "probe", "ProbeConfig", "measure what a trained encoder has learned"),
+    "inspect": Command("inspect", "inspect", "inspect", "InspectConfig", "what a checkpoint holds", True),
     "profile": Command("profile", "profile", "profile", "ProfileConfig", "show where the time of a training step goes"),
     "info": Command("info", "info", "info", "InfoConfig", "who runs each operator here, and which versions"),
 }
