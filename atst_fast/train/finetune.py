@@ -80,9 +80,8 @@ class FinetuneRun:
         self.mixup = Mixup(min(config.bank_size, len(used)), config.alpha, config.seed) if s["mixup"] else None
         self.rates = cosine_schedule(s["peak_lr"], config.final_lr, self.steps, s["warmup_steps"])
         self.optimizer = make_optimizer(self.model, config)
-        tagger = self.tagger
-        self.saved: dict[str, Any] = {"model": tagger.encoder.config, "head": tagger.config, "front_end": self.front_end}
-        self.saved |= {"labels": labels, "settings": s}
+        self.saved: dict[str, Any] = {"model": self.tagger.encoder.config, "head": self.tagger.config}
+        self.saved |= {"front_end": self.front_end, "labels": labels, "settings": s}
         self.done = 0  # steps
         self.last_saved: Path | None = None
 
