@@ -138,3 +138,49 @@ def test_names_that_a_terminal_cannot_show_are_told_in_ascii():
 def test_names_hash_depends_on_names_and_lengths():
     hashes = {audio.names_hash(n, s) for n, s in ((["a"], [1]), (["b"], [1]), (["a"], [2]), (["a\udc80"], [1]))}
     assert len(hashes) == 4
+
+
+def pieces(path, **options):
+    return [np.array(piece) for piece in audio.stream(path, **options)]
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("piece", [2**20, 1000])
+def test_a_stream_is_what_the_whole_file_gives(good_folder, name, piece, monkeypatch):
+    monkeypatch.setattr(audio, "_PIECE", piece)
+    path = good_folder / name
+    got = pieces(path)
+    assert all(part.dtype == np.float32 for part in got)
+    whole = np.concatenate(got)
+    assert len(whole) == audio.probe(path).samples
+    assert len(got) > 1 or piece == 2**20
+    np.testing.assert_allclose(whole * 32768, audio.read(path), atol=tolerances.INT16_ROUNDING)
+    if name.endswith("MP3"):
+        return  # libmpg123 rounds otherwise after soundfile.read's seek
+    x, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    mean = audio._average(x)
+    np.testing.assert_array_equal(whole, mean if rate == 16000 else soxr.resample(mean, rate, 16000, quality="HQ"))
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 44101, 48000, 192000])
+def test_a_stream_at_another_rate(tmp_path, rate, monkeypatch):
+    monkeypatch.setattr(audio, "_PIECE", 5000)
+    x = tone(0.77, rate)
+    soundfile.write(tmp_path / "a.wav", x, rate)
+    got = np.concatenate(pieces(tmp_path / "a.wav", rate=22050))
+    np.testing.assert_array_equal(got, soxr.resample(x / np.float32(32768), rate, 22050, quality="HQ"))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_stream_of_a_bad_file_ends_with_the_reason(bad_folder, name):
+    if BAD[name] == "too short":
+        assert len(np.concatenate(pieces(bad_folder / name))) == 160
+    else:
+        with pytest.raises(audio.AudioError, match=BAD[name]):
+            pieces(bad_folder / name)
+
+
+def test_how_short_is_too_short_is_for_the_caller_to_say(bad_folder):
+    assert audio.probe(bad_folder / "blip.wav", at_least=160).samples == 160
+    with pytest.raises(audio.AudioError, match="too short: 160 samples at 16 kHz, at least 161 needed"):
+        audio.probe(bad_folder / "blip.wav", at_least=161)

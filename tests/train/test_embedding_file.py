@@ -1,0 +1,111 @@
+import json
+
+import numpy as np
+import pytest
+
+from atst_fast.train import embedding_file
+from atst_fast.train.config import UserError
+from atst_fast.train.embedding_file import Rows, write, writer_of
+
+ABOUT = {"kind": "timestamps", "hop_ms": 40.0}
+FORMATS = ["safetensors", "npz", "parquet"]
+NAMES = ["a.wav", "damaged.wav", "b/c d.wav", "caf\udce9.wav"]  # the last one is no UTF-8
+
+
+def values(n, width=3, seed=0):
+    return np.random.default_rng(seed).standard_normal((n, width)).astype(np.float32)
+
+
+@pytest.fixture
+def parts():
+    """File -> its rows; of file 1 there are none."""
+    return {0: values(7, seed=0), 2: values(1, seed=2), 3: values(4, seed=3)}
+
+
+@pytest.fixture
+def rows(tmp_path, parts):
+    """They came out of order."""
+    with Rows(tmp_path, 3) as rows:
+        rows.add(3, 0, parts[3])
+        rows.add(0, 1, parts[0][5:])
+        rows.add(2, 0, parts[2])
+        rows.add(0, 0, parts[0][:5])
+        yield rows
+
+
+def read(path):
+    """(embeddings, offsets, names, about) of a file, by the public readers of its format."""
+    if path.suffix == ".npz":
+        with np.load(path) as f:
+            return f["embeddings"], f["offsets"], f["names"].tolist(), json.loads(str(f["about"]))
+    if path.suffix == ".parquet":
+        table = pytest.importorskip("pyarrow.parquet").read_table(path)
+        of = table["file"].to_pylist()
+        names = list(dict.fromkeys(of))
+        offsets = np.cumsum([0, *(of.count(name) for name in names)])
+        assert table["ms"].to_pylist() == [40.0 * i for n in np.diff(offsets) for i in range(n)]
+        return np.array(table["embedding"].to_pylist(), np.float32), offsets, names, _about(table)
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as f:
+        about = f.metadata()
+        return (
+            f.get_tensor("embeddings"),
+            f.get_tensor("offsets"),
+            json.loads(about["names"]),
+            json.loads(about["about"]),
+        )
+
+
+def _about(table):
+    return json.loads(table.schema.metadata[b"about"])
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("block", [2**20, 6])
+def test_files_come_back_in_order(tmp_path, rows, parts, suffix, block, monkeypatch):
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow", reason="needs the extra parquet")
+    monkeypatch.setattr(embedding_file, "_BLOCK", block)
+    path = tmp_path / f"out.{suffix}"
+    write(path, rows, NAMES, ABOUT)
+    embeddings, offsets, names, about = read(path)
+    assert names == ["a.wav", "b/c d.wav", "caf\\xe9.wav"]
+    assert about == ABOUT
+    np.testing.assert_array_equal(offsets, [0, 7, 8, 12])
+    np.testing.assert_array_equal(embeddings, np.concatenate(list(parts.values())))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_an_error_leaves_what_was_there(tmp_path, rows, suffix, monkeypatch):
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow", reason="needs the extra parquet")
+    path = tmp_path / f"out.{suffix}"
+    path.write_bytes(b"before")
+
+    def full_disk(self):
+        raise OSError(28, "No space left on device")
+        yield
+
+    monkeypatch.setattr(Rows, "blocks", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write(path, rows, NAMES, ABOUT)
+    assert path.read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_an_unknown_format_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--out must end in .safetensors, .npz, .parquet, got .*out.csv"):
+        writer_of(tmp_path / "out.csv")
+
+
+def test_a_missing_package_is_noticed_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    with pytest.raises(ImportError):
+        writer_of(tmp_path / "out.parquet")
+
+
+def test_a_header_beyond_safetensors_limit_is_refused(tmp_path, rows, monkeypatch):
+    monkeypatch.setattr(embedding_file, "_HEADER", 100)
+    with pytest.raises(UserError, match=r"3 names are too many for a safetensors file; use .npz or .parquet"):
+        write(tmp_path / "out.safetensors", rows, NAMES, ABOUT)
