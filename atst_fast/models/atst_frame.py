@@ -26,7 +26,7 @@ class ATSTFrame(StudentTeacher):
         self.config["symmetric"] = symmetric
 
     def forward(
-        self, view1: Tensor, view2: Tensor, lengths: Tensor | None, mask: Tensor, *, capacity: int | None = None
+        self, view1: Tensor, view2: Tensor, lengths: Tensor | None, mask: Tensor, capacity: int | None = None
     ) -> FrameLoss:
         """The loss of one batch, and both networks' output deviation.
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """``waveform`` int16 [B, N] of training step ``step``."""
+    """``waveform`` int16 [B, N] of training step ``step``: a crop of each clip, or several side by side."""
 
     step: int
     waveform: Tensor

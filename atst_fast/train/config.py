@@ -15,19 +15,29 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Published settings of a model size; ``lr`` is per 256 clips of a batch."""
+    """Published settings of a method and a model size; ``lr`` is per 256 clips of a batch."""
 
     lr: float
     momentum: float
-    epochs: int
+    epochs: float
     warmup: float  # share of all steps
 
 
 RECIPES = {
-    "tiny": Recipe(lr=5e-4, momentum=0.99, epochs=100, warmup=1 / 20),
-    "small": Recipe(lr=4e-4, momentum=0.997, epochs=300, warmup=1950 / 58500),
-    "base": Recipe(lr=8e-5, momentum=0.9996, epochs=200, warmup=19900 / 398000),
+    "frame": {
+        "tiny": Recipe(lr=5e-4, momentum=0.99, epochs=100, warmup=1 / 20),
+        "small": Recipe(lr=4e-4, momentum=0.997, epochs=300, warmup=1950 / 58500),
+        "base": Recipe(lr=8e-5, momentum=0.9996, epochs=200, warmup=19900 / 398000),
+    },
+    "clip": {
+        "tiny": Recipe(lr=5e-4, momentum=0.99, epochs=100, warmup=1 / 20),
+        "small": Recipe(lr=5e-4, momentum=0.99, epochs=300, warmup=1300 / 39100),
+        # 318,000 batches of 1536 are so many passes over 3,000,000 clips, without incomplete batches
+        "base": Recipe(lr=2e-4, momentum=0.9995, epochs=318000 / 1953, warmup=15860 / 318000),
+    },
 }
+# Of a clip's crops, published: ATST-Frame makes both views of one crop, ATST-Clip each of a crop of its own.
+SECONDS = {"frame": (10.0,), "clip": (6.0, 6.0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +48,8 @@ class PretrainConfig:
     """folder of audio files (searched recursively), or what `atst-fast pack` made of one"""
     out: Path
     """folder of the run: configuration, logs and checkpoints"""
+    method: Literal["frame", "clip"] = "frame"
+    """ATST-Frame, which predicts masked patches, or ATST-Clip, which predicts one crop of a clip from another"""
     arch: Literal["tiny", "small", "base"] = "small"
     """size of the encoder"""
     epochs: float | None = None
@@ -58,16 +70,18 @@ class PretrainConfig:
     """weight decay at the last step"""
     momentum: float | None = None
     """teacher momentum at the first step (1 at the last); default: the published recipe"""
-    clip_seconds: float = 10.0
-    """length of the random crop; shorter clips are zero-padded at their end"""
+    clip_seconds: float | None = None
+    """length of the random crop; shorter clips are zero-padded at their end; default: 10, with --method clip 6"""
+    positive_seconds: float | None = None
+    """--method clip: length of the second random crop, the positive pair of the first; default: 6"""
     n_mels: int = 64
     """mel bands"""
     win_length: int = 1024
     """samples of the analysis window (n_fft is 1024, hop 160)"""
     mask_ratio: float = 0.65
-    """share of the patches that mask spans are drawn for (spans overlap: about 0.5 end up masked)"""
+    """--method frame: share of the patches that mask spans are drawn for (they overlap: about 0.5 end up masked)"""
     mask_len: int = 5
-    """patches of 40 ms in a mask span"""
+    """--method frame: patches of 40 ms in a mask span"""
     bank_size: int = 2000
     """earlier clips that a clip may be mixed with; they are kept in memory and in checkpoints"""
     hidden: int = 4096
@@ -100,8 +114,15 @@ class PretrainConfig:
     """auto: continue what is in out, if anything; never: refuse to touch an earlier run; or a checkpoint's path"""
 
     @property
-    def samples(self) -> int:
-        return int(self.clip_seconds * RATE)
+    def seconds(self) -> tuple[float, ...]:
+        """Of each crop of a clip."""
+        given = (self.clip_seconds, self.positive_seconds)
+        return tuple(default if own is None else own for default, own in zip(SECONDS[self.method], given))
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """Of each crop of a clip, at 16 kHz."""
+        return tuple(int(seconds * RATE) for seconds in self.seconds)
 
 
 # What may differ between the two parts of a resumed run: where it runs and how it reports, not what it computes.
@@ -122,7 +143,8 @@ def check(config: PretrainConfig) -> None:
         "weight_decay": (0 <= config.weight_decay < math.inf, "finite and 0 or more"),
         "final_weight_decay": (0 <= config.final_weight_decay < math.inf, "finite and 0 or more"),
         "momentum": (config.momentum is None or 0 <= config.momentum <= 1, "between 0 and 1"),
-        "clip_seconds": (0.2 <= config.clip_seconds <= 600, "between 0.2 and 600"),
+        "clip_seconds": (0.2 <= config.seconds[0] <= 600, "between 0.2 and 600"),
+        "positive_seconds": (0.2 <= config.seconds[-1] <= 600, "between 0.2 and 600"),
         "n_mels": (config.n_mels >= 1, "at least 1"),
         "win_length": (1 <= config.win_length <= 1024, "between 1 and 1024 (n_fft)"),
         "mask_ratio": (0 < config.mask_ratio < 1, "between 0 and 1"),
@@ -142,19 +164,26 @@ def check(config: PretrainConfig) -> None:
     for name, (fine, expected) in rules.items():
         if not fine:
             raise UserError(f"--{name.replace('_', '-')} must be {expected}, got {getattr(config, name)!r}")
-    patches = (config.samples // 160 + 1) // 4
+    if config.method == "frame" and config.positive_seconds is not None:
+        raise UserError("--positive-seconds belongs to --method clip: ATST-Frame makes both views of one crop")
+    if config.method == "frame":
+        _check_masks(config)
+    if config.steps is not None and config.epochs is not None:
+        raise UserError("--steps and --epochs exclude each other, got both")
+
+
+def _check_masks(config: PretrainConfig) -> None:
+    patches = (config.samples[0] // 160 + 1) // 4
     spans = max(2, math.ceil(config.mask_ratio * patches / config.mask_len))  # the most that masks.block_mask draws
     if config.mask_len > patches:
         raise UserError(f"--mask-len must be at most {patches}, the patches of a clip, got {config.mask_len}")
     if spans >= patches:
         raise UserError(f"--mask-ratio and --mask-len ask for {spans} spans; a clip of {patches} patches has no room")
-    if config.steps is not None and config.epochs is not None:
-        raise UserError("--steps and --epochs exclude each other, got both")
 
 
 def resolve(config: PretrainConfig, batches_per_epoch: int) -> dict[str, Any]:
     """Every setting as a plain value, the recipe's where the user gave none; ``peak_lr`` is scaled by the batch."""
-    recipe = RECIPES[config.arch]
+    recipe = RECIPES[config.method][config.arch]
     steps = config.steps
     if steps is None:
         steps = max(1, round((config.epochs or recipe.epochs) * batches_per_epoch))
@@ -170,11 +199,18 @@ def resolve(config: PretrainConfig, batches_per_epoch: int) -> dict[str, Any]:
         "peak_lr": lr * config.batch_size / 256,
         "warmup_steps": warmup,
         "momentum": recipe.momentum if config.momentum is None else config.momentum,
+        "clip_seconds": config.seconds[0],
+        "positive_seconds": config.seconds[1] if config.method == "clip" else None,
     }
+
+
+# What older runs did not write down, because they knew nothing else.
+FORMER = {"precision": "float32", "method": "frame", "positive_seconds": None}
 
 
 def conflicts(now: dict[str, Any], before: dict[str, Any], free: Collection[str] = FREE) -> list[str]:
     """The settings that would make a resumed run another run: "steps: 100 now, 200 before"; ``free`` ones would not."""
+    before = {k: v for k, v in FORMER.items() if k in now} | before
     names = [f.name for f in fields(PretrainConfig)]
     names += sorted((now.keys() | before.keys()) - set(names))
     return [

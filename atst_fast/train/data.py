@@ -6,7 +6,7 @@ Batch k of epoch e follows from (seed, e, k) and the files alone, so that a run 
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -30,8 +30,9 @@ class Source(Protocol):
     names: list[str]
     samples: NDArray[np.int64]  # [clips], at 16 kHz
 
-    def take(self, clips: NDArray[np.int64], where: NDArray[np.float64], out: NDArray[np.int16]) -> None:
-        """Fill ``out`` [B, N] with a crop of each clip; ``where`` in [0, 1) says which of its N-sample crops."""
+    def take(self, clips: NDArray[np.int64], where: NDArray[np.float64], out: Sequence[NDArray[np.int16]]) -> None:
+        """Fill each ``out[k]`` [B, N_k] with a crop of each clip; ``where`` [K, B] in [0, 1) says which of its
+        N_k-sample crops."""
         ...
 
 
@@ -53,8 +54,8 @@ class FolderSource:
         if not self.names:
             raise UserError(f"none of the {len(names)} audio files in {folder} can be used; {problems.summary()}")
 
-    def take(self, clips: NDArray[np.int64], where: NDArray[np.float64], out: NDArray[np.int16]) -> None:
-        list(self.pool.map(self._fill, clips.tolist(), where.tolist(), out))
+    def take(self, clips: NDArray[np.int64], where: NDArray[np.float64], out: Sequence[NDArray[np.int16]]) -> None:
+        list(self.pool.map(self._fill, clips.tolist(), where.T, zip(*out)))
 
     def _probe(self, name: str) -> int:
         try:
@@ -63,20 +64,24 @@ class FolderSource:
             self.problems.add(name, f"{error} (skipped)")
             return 0
 
-    def _fill(self, clip: int, where: float, row: NDArray[np.int16]) -> None:
-        """One crop. The place of a file that turns out to be undecodable goes to the next clip that can be read."""
-        n = len(row)
+    def _fill(self, clip: int, where: NDArray[np.float64], rows: Sequence[NDArray[np.int16]]) -> None:
+        """The crops of one clip. The place of a file that turns out to be undecodable, wherever that is, goes to the
+        next clip that can be read."""
         for i in range(clip, clip + len(self.names)):
             name, length = self.names[i % len(self.names)], self.samples[i % len(self.names) :][:1]
             try:
-                x = read(self.folder / name, int(starts(length, n, np.array(where))[0]), n)
+                crops = [
+                    read(self.folder / name, int(starts(length, len(row), w)[0]), len(row))
+                    for row, w in zip(rows, where[:, None])
+                ]
             except AudioError as error:
                 self.problems.add(name, f"{error} (skipped)")
                 continue
-            if not x.any():
-                self.problems.add(name, SILENT)
-            row[: len(x)] = x
-            row[len(x) :] = 0
+            for x, row in zip(crops, rows):
+                if not x.any():
+                    self.problems.add(name, SILENT)
+                row[: len(x)] = x
+                row[len(x) :] = 0
             return
         raise UserError(f"no audio file in {self.folder} can be decoded any more; {self.problems.summary()}")
 
@@ -88,8 +93,9 @@ class PackSource:
         self.pack = Pack(folder)
         self.names, self.samples = self.pack.names, self.pack.samples
 
-    def take(self, clips: NDArray[np.int64], where: NDArray[np.float64], out: NDArray[np.int16]) -> None:
-        self.pack.take(clips, starts(self.samples[clips], out.shape[1], where), out)
+    def take(self, clips: NDArray[np.int64], where: NDArray[np.float64], out: Sequence[NDArray[np.int16]]) -> None:
+        for crop, w in zip(out, where, strict=True):
+            self.pack.take(clips, starts(self.samples[clips], crop.shape[1], w), crop)
 
 
 def open_source(path: Path, workers: int | None = None, problems: Problems | None = None) -> Source:
@@ -102,6 +108,7 @@ def open_source(path: Path, workers: int | None = None, problems: Problems | Non
 class Batches:
     """Shuffled batches of random crops, without the incomplete one at the end of an epoch.
 
+    A crop has ``samples``; with several numbers, as many crops of a clip lie side by side, each at a place of its own.
     Every epoch goes through all clips in a new order, through long ones as often as the crop fits into them (or
     ``crops_per_clip`` times through each); with ``subset``, through the next ``subset`` of a fixed random order. Of
     ``world`` processes, number ``rank`` gets every ``world``-th entry of it.
@@ -111,7 +118,7 @@ class Batches:
         self,
         source: Source,
         batch_size: int,
-        samples: int,
+        samples: int | Sequence[int],
         seed: int,
         *,
         crops_per_clip: int | None = None,
@@ -119,9 +126,11 @@ class Batches:
         rank: int = 0,
         world: int = 1,
     ):
-        self.source, self.batch_size, self.n, self.seed = source, batch_size, samples, seed
+        self.source, self.batch_size, self.seed = source, batch_size, seed
+        self.samples = (samples,) if isinstance(samples, int) else tuple(samples)
         self.subset, self.rank, self.world = subset, rank, world
-        crops = np.maximum(source.samples // samples, 1) if crops_per_clip is None else crops_per_clip
+        fitting = np.maximum(source.samples // max(self.samples), 1)
+        crops = fitting if crops_per_clip is None else crops_per_clip
         self._entries = np.repeat(np.arange(len(source.names)), crops)
         entries = len(self._entries)
         self.per_epoch = min(subset or entries, entries) // world // batch_size
@@ -155,9 +164,9 @@ class Batches:
         return [self.source.names[i] for i in self.clips(step)]
 
     def batch(self, step: int, *, pin: bool = False) -> Batch:
-        draws = np.random.default_rng([self.seed, _CROP, step, self.rank]).random(self.batch_size)
-        out = torch.empty(self.batch_size, self.n, dtype=torch.int16, pin_memory=pin)
-        self.source.take(self.clips(step), draws, out.numpy())
+        where = np.random.default_rng([self.seed, _CROP, step, self.rank]).random((len(self.samples), self.batch_size))
+        out = torch.empty(self.batch_size, sum(self.samples), dtype=torch.int16, pin_memory=pin)
+        self.source.take(self.clips(step), where, [crop.numpy() for crop in out.split(self.samples, dim=1)])
         return Batch(step, out)
 
 

@@ -7,10 +7,10 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from atst_fast.train.front_end import FrontEnd
 from atst_fast.train.precision import Trainee
 from atst_fast.train.schedule import Schedules
 from atst_fast.train.step import StepResult, set_rates, update
+from atst_fast.train.views import Views
 
 T = TypeVar("T")
 Watch = Callable[[str], AbstractContextManager[None]]
@@ -78,12 +78,12 @@ class CudaGraph:
 class Stepper:
     """Training steps from waveforms: two views, both networks, gradients, AdamW and teacher.
 
-    ``stepper(waveform, step)`` trains on ``waveform`` ``[B, N]`` int16 (or float32) at the rates of ``schedules`` for
-    ``step``. Without ``graph`` that is a plain call. With one, the first steps (`WARM_UP`, and again whenever the shape
-    has changed before there is a recording) are plain as well, then the same code is recorded, and from then on a step
-    is: waveform to where the recording reads it, rates to where it reads those, replay. Batches of another shape than
-    the recorded one are trained plainly; longer ones move the memory banks, and the recording is made anew after them.
-    Both ways use the same random numbers and leave the same state.
+    ``stepper(waveform, step)`` trains on ``waveform`` ``[B, N]`` int16 (or float32), as ``front_end`` takes it, at the
+    rates of ``schedules`` for ``step``. Without ``graph`` that is a plain call. With one, the first steps (`WARM_UP`,
+    and again whenever the shape has changed before there is a recording) are plain as well, then the same code is
+    recorded, and from then on a step is: waveform to where the recording reads it, rates to where it reads those,
+    replay. Batches of another shape than the recorded one are trained plainly; longer ones move the memory banks, and
+    the recording is made anew after them. Both ways use the same random numbers and leave the same state.
 
     Nothing waits for the GPU. The results are tensors of their own, which later steps leave alone. ``watch(part)`` is
     entered around "front end" and "step"; a replay is all "step".
@@ -91,7 +91,7 @@ class Stepper:
 
     def __init__(
         self,
-        front_end: FrontEnd,
+        front_end: Views,
         trainee: Trainee,
         schedules: Schedules,
         *,

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor
 
-from atst_fast.models import ATSTFrame
+from atst_fast.models import StudentTeacher
 from atst_fast.train.schedule import Schedules
 from atst_fast.train.step import make_optimizer
 
@@ -19,7 +19,7 @@ def pick_precision(name: str, device: torch.device) -> str:
     return name
 
 
-def working_copy(model: ATSTFrame) -> tuple[ATSTFrame, dict[Tensor, Tensor]]:
+def working_copy(model: StudentTeacher) -> tuple[StudentTeacher, dict[Tensor, Tensor]]:
     """A copy of ``model`` with bfloat16 parameters, and the copy of each parameter of ``model``.
 
     Buffers (the running statistics of the heads) are those of ``model`` itself: both modules see one float32 tensor.
@@ -43,11 +43,11 @@ class Trainee:
     the pass in which it trains the others, from the gradients that the copy got.
     """
 
-    def __init__(self, model: ATSTFrame, schedules: Schedules, precision: str = "float32"):
+    def __init__(self, model: StudentTeacher, schedules: Schedules, precision: str = "float32"):
         if precision not in PRECISIONS:
             raise ValueError(f"Trainee: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         self.model, self.precision = model, precision
-        self.working: ATSTFrame = model
+        self.working: StudentTeacher = model
         self.shadows: dict[Tensor, Tensor] = {}
         if precision == "bf16":
             self.working, self.shadows = working_copy(model)

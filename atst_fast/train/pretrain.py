@@ -1,4 +1,4 @@
-"""``atst-fast pretrain``: the training loop of ATST-Frame, top to bottom."""
+"""``atst-fast pretrain``: the training loop of both methods, top to bottom."""
 
 import contextlib
 import json
@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from atst_fast.models import ATSTFrame
 from atst_fast.train import checkpoint
 from atst_fast.train.audio import Problems
 from atst_fast.train.config import PretrainConfig, UserError, check, conflicts, resolve
 from atst_fast.train.data import Batches, Prefetcher, open_source
 from atst_fast.train.device import pick_device
 from atst_fast.train.files import explain, make_folder, only_one, write_atomically
-from atst_fast.train.front_end import FrontEnd
 from atst_fast.train.graph import CudaGraph, Stepper
 from atst_fast.train.info import environment
 from atst_fast.train.logging import RunLog, Stopwatch
 from atst_fast.train.memory import keep_freed_memory
+from atst_fast.train.method import METHODS, build_front_end, build_model, mel_settings
 from atst_fast.train.precision import Trainee, pick_precision
 from atst_fast.train.schedule import Schedules
 from atst_fast.train.upload import upload
@@ -63,20 +62,8 @@ class Run:
 
         torch.manual_seed(config.seed)
         s = self.settings
-        mel = {"n_mels": s["n_mels"], "win_length": s["win_length"]}
-        frames = config.samples // 160 + 1
-        self.model = ATSTFrame(
-            s["arch"],
-            hidden=s["hidden"],
-            drop_path_rate=s["drop_path"],
-            n_mels=s["n_mels"],
-            patch=(s["n_mels"], 4),
-            max_frames=frames,
-        ).to(self.device)
-        self.front_end = FrontEnd(
-            **mel, mask_ratio=s["mask_ratio"], mask_len=s["mask_len"], bank_size=s["bank_size"], seed=s["seed"]
-        )
-        self.front_end.to(self.device)
+        self.model = build_model(s, config.samples).to(self.device)
+        self.front_end = build_front_end(s, config.samples).to(self.device)
         self.schedules = Schedules(
             steps=self.steps,
             lr=s["peak_lr"],
@@ -87,7 +74,7 @@ class Run:
             momentum=s["momentum"],
         )
         self.trainee = Trainee(self.model, self.schedules, s["precision"])
-        self.saved = {"model": self.model.config, "front_end": mel, "settings": self.settings, "clips": self.clips}
+        self.saved = {"model": self.model.config, "front_end": mel_settings(s), "settings": s, "clips": self.clips}
         self.done = 0  # steps
         self.last_saved: Path | None = None
 
@@ -137,8 +124,7 @@ class Run:
             return
         path = found[-1] if how == "auto" else checkpoint.find(Path(how))
         loaded, state = checkpoint.load(path), checkpoint.load_state(path)
-        written = {"precision": "float32"} | loaded.config.get("settings", {})  # older ones had no other
-        differing = conflicts(self.settings, written)
+        differing = conflicts(self.settings, loaded.config.get("settings", {}))
         if differing:
             before = loaded.config.get("clips", {}).get("count", "unknown")
             counts = f"clips: other files or lengths than before ({self.clips['count']} now, {before} before)"
@@ -163,9 +149,10 @@ class Run:
         record = self.saved | {"environment": environment(), "command": sys.argv}
         with explain(f"write {out / 'config.json'}"):
             write_atomically(out / "config.json", lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
+        title = METHODS[s["method"]].title
         self.console.print(
-            f"ATST-Frame {s['arch']} on {self.device} in {s['precision']}: {self.clips['count']} clips, {self.steps} "
-            f"steps of {s['batch_size']} ({s['epochs']:.1f} epochs), peak lr {s['peak_lr']:.2e}; run: {out}",
+            f"{title} {s['arch']} on {self.device} in {s['precision']}: {self.clips['count']} clips, {self.steps} steps "
+            f"of {s['batch_size']} ({s['epochs']:.1f} epochs), peak lr {s['peak_lr']:.2e}; run: {out}",
             highlight=False,
             soft_wrap=True,
         )

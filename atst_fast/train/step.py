@@ -1,13 +1,13 @@
-"""One step of ATST-Frame pretraining."""
+"""One step of pretraining."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
-from atst_fast.models import ATSTFrame, FrameLoss
+from atst_fast.models import FrameLoss, StudentTeacher
 from atst_fast.optim import AdamWEMA, param_groups
-from atst_fast.train.front_end import FrontEndBatch
+from atst_fast.train.front_end import ClipBatch, FrontEndBatch
 from atst_fast.train.schedule import Rates, Schedules
 
 
@@ -20,7 +20,9 @@ class StepResult(NamedTuple):
     rates: Rates
 
 
-def make_optimizer(model: ATSTFrame, schedules: Schedules, shadows: Mapping[Tensor, Tensor] | None = None) -> AdamWEMA:
+def make_optimizer(
+    model: StudentTeacher, schedules: Schedules, shadows: Mapping[Tensor, Tensor] | None = None
+) -> AdamWEMA:
     """AdamW as the official code runs it, which also moves the teacher; group 0 is the one that is decayed.
 
     ``shadows``: the bfloat16 copies that compute, see `atst_fast.train.precision.working_copy`.
@@ -39,18 +41,22 @@ def set_rates(optimizer: AdamWEMA, rates: Rates) -> None:
     optimizer.momentum = rates.momentum
 
 
-def update(model: ATSTFrame, optimizer: AdamWEMA, batch: FrontEndBatch) -> FrameLoss:
+def update(model: StudentTeacher, optimizer: AdamWEMA, batch: FrontEndBatch | ClipBatch) -> FrameLoss:
     """Loss, gradients, AdamW, teacher, at the rates that the optimizer has. On a GPU nothing in it waits for the device
     or depends on values there, so that a CUDA graph can hold it."""
     optimizer.zero_grad(set_to_none=True)
-    out = model(batch.view1, batch.view2, batch.lengths, batch.mask, capacity=batch.capacity)
+    out = model(*batch)
     out.loss.backward()
     optimizer.step()
     return out._replace(loss=out.loss.detach())
 
 
 def train_step(
-    model: ATSTFrame, optimizer: AdamWEMA, schedules: Schedules, batch: FrontEndBatch, step: int
+    model: StudentTeacher,
+    optimizer: AdamWEMA,
+    schedules: Schedules,
+    batch: FrontEndBatch | ClipBatch,
+    step: int,
 ) -> StepResult:
     """Step ``step`` (counted from 0) on two views of a batch: loss, gradients, AdamW, teacher.
 

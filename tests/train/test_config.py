@@ -47,7 +47,7 @@ def test_what_is_accepted_can_be_masked():
     accepted = 0
     for clip_seconds, mask_ratio, mask_len in itertools.product((0.2, 0.29, 0.5), (0.1, 0.65, 0.8, 0.99), (1, 2, 5, 6)):
         config = made(clip_seconds=clip_seconds, mask_ratio=mask_ratio, mask_len=mask_len)
-        patches = (config.samples // 160 + 1) // 4
+        patches = (config.samples[0] // 160 + 1) // 4
         draw = functools.partial(block_mask, 200, patches, mask_ratio=mask_ratio, mask_len=mask_len)
         try:
             check(config)

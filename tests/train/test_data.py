@@ -104,8 +104,8 @@ def test_folder_and_pack_give_the_same_batches(good_folder, tmp_path):
     where = np.linspace(0, 0.99, len(folder.names))
     clips = np.array([packed.names.index(n) for n in folder.names])
     a, b = np.ones((2, len(where), 10000), np.int16)
-    folder.take(np.arange(len(where)), where, a)
-    packed.take(clips, where, b)
+    folder.take(np.arange(len(where)), where[None], [a])
+    packed.take(clips, where[None], [b])
     np.testing.assert_array_equal(a, b)
     assert folder.samples.tolist() == packed.samples[clips].tolist()
 
