@@ -103,18 +103,25 @@ def _patches(mel: Tensor, patch: int) -> Tensor:
 
 @torch.inference_mode()
 def encoder_features(encoder: Any, mels: Sequence[Tensor], n_blocks: int) -> Features:
-    """The last ``n_blocks`` blocks of a ``FrameEncoder``, mean over time and per token.
+    """The last ``n_blocks`` blocks of an encoder, per token, and their mean over time; of a ``ClipEncoder`` its class
+    tokens before that mean.
 
-    Longer files are cut into chunks of the length that the encoder was made for.
+    Longer files are cut into chunks of the length that the encoder was made for; their class tokens are averaged with
+    the weight of their frames.
     """
     chunk = encoder.max_frames // encoder.config["patch"][1] * encoder.config["patch"][1]
     frames: list[list[np.ndarray]] = [[] for _ in mels]
+    classes: list[list[np.ndarray]] = [[] for _ in mels]
     for owners, mel, lengths in _batches(mels, chunk, encoder.config["patch"][1]):
         tokens = encoder.tokens(lengths).tolist()
-        for owner, out, n in zip(owners, encoder.intermediate(mel, lengths, n_blocks), tokens, strict=True):
-            frames[owner].append(out[:n].float().numpy())
+        out = encoder.intermediate(mel, lengths, n_blocks)
+        cls, out = out if isinstance(out, tuple) else (out[:, 0, :0], out)
+        for owner, whole, rows, n in zip(owners, cls, out, tokens, strict=True):
+            frames[owner].append(rows[:n].float().numpy())
+            classes[owner].append(n * whole.float().numpy())
     joined = [np.concatenate(parts) for parts in frames]
-    return Features(np.stack([f.mean(axis=0) for f in joined]), joined)
+    clips = [np.concatenate([sum(cls) / len(f), f.mean(axis=0)]) for cls, f in zip(classes, joined)]
+    return Features(np.stack(clips), joined)
 
 
 def _batches(mels: Sequence[Tensor], chunk: int, patch: int) -> Iterator[tuple[list[int], Tensor, Tensor]]:

@@ -1,10 +1,7 @@
 """``atst-fast pretrain``: the training loop of both methods, top to bottom."""
 
-import contextlib
 import json
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from atst_fast.train.logging import RunLog, Stopwatch
 from atst_fast.train.memory import keep_freed_memory
 from atst_fast.train.method import METHODS, build_front_end, build_model, mel_settings
 from atst_fast.train.precision import Trainee, pick_precision
+from atst_fast.train.run import farewell, kept, refuse_other_settings, stop_signals, to_resume
 from atst_fast.train.schedule import Schedules
 from atst_fast.train.upload import upload
 
@@ -110,30 +108,26 @@ class Run:
                 if last or save:
                     with watch("save", host=True):
                         self.save()
-        return self.farewell(stopped)
+        return farewell(
+            self.console,
+            self.problems,
+            stopped,
+            done=self.done,
+            steps=self.steps,
+            saved=self.last_saved,
+            resume=self.config.resume,
+        )
 
     def resume(self) -> None:
         """Bring everything to where the checkpoint stands, if there is one to go on from."""
-        how, out = self.config.resume, self.config.out
-        found = checkpoint.checkpoints(out)
-        if how == "never":
-            if found:
-                raise UserError(f"{out} holds a run ({found[-1].name}) and --resume is never; choose another --out")
+        path = to_resume(self.config.out, self.config.resume)
+        if path is None:
             return
-        if how == "auto" and not found:
-            return
-        path = found[-1] if how == "auto" else checkpoint.find(Path(how))
         loaded, state = checkpoint.load(path), checkpoint.load_state(path)
         differing = conflicts(self.settings, loaded.config.get("settings", {}))
-        if differing:
-            before = loaded.config.get("clips", {}).get("count", "unknown")
-            counts = f"clips: other files or lengths than before ({self.clips['count']} now, {before} before)"
-            differing = [counts if line.startswith("clips: ") else line for line in differing]
-            cure = "give the old values, or another --out for a new run"
-            raise UserError(f"{path} belongs to a run of other settings; {cure}:\n  " + "\n  ".join(differing))
-        if found and checkpoint.step_of(found[-1]) > loaded.step:
-            cure = "delete what is later than it, or choose another --out"
-            raise UserError(f"--resume {how} is at step {loaded.step}, but {out} has {found[-1].name}; {cure}")
+        before = loaded.config.get("clips", {}).get("count", "unknown")
+        counts = f"clips: other files or lengths than before ({self.clips['count']} now, {before} before)"
+        refuse_other_settings(path, [counts if line.startswith("clips: ") else line for line in differing])
         checkpoint.load_model(self.model, loaded.weights)
         self.trainee.rewrite()
         self.trainee.optimizer.load_state_dict(state["optimizer"])
@@ -151,15 +145,15 @@ class Run:
             write_atomically(out / "config.json", lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
         title = METHODS[s["method"]].title
         self.console.print(
-            f"{title} {s['arch']} on {self.device} in {s['precision']}: {self.clips['count']} clips, {self.steps} steps "
-            f"of {s['batch_size']} ({s['epochs']:.1f} epochs), peak lr {s['peak_lr']:.2e}; run: {out}",
+            f"{title} {s['arch']} on {self.device} in {s['precision']}: {self.clips['count']} clips, {self.steps} "
+            f"steps of {s['batch_size']} ({s['epochs']:.1f} epochs), peak lr {s['peak_lr']:.2e}; run: {out}",
             highlight=False,
             soft_wrap=True,
         )
 
     def save(self) -> None:
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
-            raise UserError(f"step {self.done - 1}: weights are not finite any more; {self._kept()}")
+            raise UserError(f"step {self.done - 1}: weights are not finite any more; {kept(self.config.out)}")
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state: dict[str, Any] = {
             "optimizer": self.trainee.optimizer.state_dict(),
@@ -172,40 +166,5 @@ class Run:
 
     def check_finite(self, step: int) -> None:
         if step >= 0:
-            names = "\n  ".join(self.batches.names(step))
-            raise UserError(f"step {step}: the loss is not finite; {self._kept()}. Clips of the batch:\n  {names}")
-
-    def farewell(self, stopped: list[signal.Signals]) -> int:
-        if self.problems.reasons:
-            self.console.print(self.problems.summary(), style="yellow")
-        if self.done < self.steps:
-            told = f"{stopped[0].name}: saved {self.last_saved} at step {self.done} of {self.steps}"
-            again = "the same command" if self.config.resume == "auto" else "the same command with --resume auto"
-            self.console.print(f"{told}; {again} goes on from there", soft_wrap=True)
-            return 128 + stopped[0]
-        self.console.print(f"done: {self.steps} steps, {self.last_saved}", soft_wrap=True)
-        return 0
-
-    def _kept(self) -> str:
-        found = checkpoint.checkpoints(self.config.out)
-        return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[signal.Signals]]:
-    """A list that SIGINT and SIGTERM are put into; a second one acts at once, as if nobody had asked for the first."""
-    stopped: list[signal.Signals] = []
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def stop(number: int, _: object) -> None:
-        stopped.append(signal.Signals(number))
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-    for s in before:
-        signal.signal(s, stop)
-    try:
-        yield stopped
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+            names = "\n  ".join(["Clips of the batch:", *self.batches.names(step)])
+            raise UserError(f"step {step}: the loss is not finite; {kept(self.config.out)}. {names}")
