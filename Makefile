@@ -22,7 +22,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 GPU_PYTHON ?= python3
 GPU_CHECKS := gpu-memcheck gpu-racecheck gpu-synccheck
 
-.PHONY: help env build test test-all pretrain bench lint format sanitize clean
+.PHONY: help env build test test-all pretrain c2f bench lint format sanitize clean
 GPU_OPS := gpu-bench-samples gpu-bench-attention gpu-bench-tokens
 GPU_STEPS := gpu-bench-small gpu-bench-base
 .PHONY: gpu gpu-build gpu-test gpu-bench-ops gpu-bench-step gpu-profile gpu-tune gpu-sanitize
@@ -30,6 +30,7 @@ GPU_STEPS := gpu-bench-small gpu-bench-base
 
 help:
 	@echo "make pretrain   set up .venv, build, render demo audio, pretrain ATST-Frame, probe it, draw pictures"
+	@echo "make c2f        ATST-C2F on demo audio: fine-tuned and distilled encoders side by side, three seeds"
 	@echo "make test       set up .venv, build, run the tests"
 	@echo "make test-all   the same with the long tests, and the C++ kernels under AddressSanitizer and UBSan"
 	@echo "make bench      benchmarks beside what one would call otherwise; one JSON under benchmarks/results/"
@@ -78,6 +79,13 @@ pretrain: build
 
 # as many processes as there are cores, at most eight; what one has left over the others take
 SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
+# Two pretrainings, then for each of three seeds three trainings on labels of clips and three on labels of frames.
+c2f: build
+	@echo "== demo audio: $(DATA)"
+	@$(BIN)/atst-fast demo-data --out $(DATA)
+	@echo "== ATST-Clip, ATST-Frame and ATST-C2F side by side: runs/c2f"
+	@$(PY) -m benchmarks.c2f --data $(DATA) --out runs/c2f
+
 test: build $(TESTABLE)
 	@echo "== tests"
 	$(PY) -m pytest tests benchmarks $(SIDE_BY_SIDE) -m "not long" $(if $(REQUIRE),--require $(REQUIRE)) -rs --durations=5

@@ -96,9 +96,12 @@ def token_features(
     """One vector per token: ``[B, L, n_blocks * D]``, L the tokens of T frames; of either encoder, the class token of a
     ``ClipEncoder`` left out. Rows past a clip's length are zero.
 
-    Arguments and errors as `frame_features`. Chunks are whole tokens long (1000 of 1001 frames), so that token k
+    Arguments and errors as `frame_features`, and ValueError for an encoder of more than one token at a time (patches
+    less high than its mels). Chunks are whole tokens long (1000 of 1001 frames), so that token k
     always begins at frame k times the patch's width. Differentiable in ``mel`` and the weights.
     """
+    if encoder.grid[0] != 1:
+        raise ValueError(f"token_features: encoder must have one token at a time, got {encoder.grid[0]} of them")
     width = encoder.patch_embed.patch_width
     whole = chunk_frames // width * width
     parts = []

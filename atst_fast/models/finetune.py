@@ -60,6 +60,8 @@ class FineTuned(nn.Module):
         scale_bug: bool = True,
     ):
         super().__init__()
+        if not isinstance(encoder, FrameEncoder | ClipEncoder):
+            _checks.fail("FineTuned", "encoder", "a FrameEncoder or a ClipEncoder", encoder, TypeError)
         if level not in LEVELS:
             _checks.fail("FineTuned", "level", "'clip' or 'frame'", level)
         both = not isinstance(encoder, FrameEncoder) and level == "clip"  # class token and mean

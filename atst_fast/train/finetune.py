@@ -69,6 +69,10 @@ class FinetuneRun:
         torch.manual_seed(config.seed)
         self.model, self.front_end = self.build()
         self.model.to(self.device)
+        if config.level == "frame" and self.tagger.encoder.grid[0] != 1:
+            raise UserError(
+                f"--level frame needs one token at a time; {config.checkpoint} has {self.tagger.encoder.grid[0]}"
+            )
         width, labels = self.tagger.encoder.patch_embed.patch_width, self.task.labels
         per_token = width if config.level == "frame" else None
         reader = Reader(used, config.workers)

@@ -25,6 +25,8 @@ class Mixup:
             fail("Mixup", "alpha", "more than 0", alpha)
         self.bank, self.alpha, self.seed = MemoryBank(capacity), alpha, seed
         self.labels: Tensor | None = None
+        # on the host, so that nobody waits for a GPU to know them; the bank takes a batch to be of one length
+        self.count, self.lengths = 0, torch.zeros(capacity, dtype=torch.int64)
 
     def __call__(self, mel: Tensor, lengths: Tensor, targets: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Mel ``[B, 1, F, T]`` with ``lengths`` int64 ``[B]`` frames on the CPU, zero past them, and targets
@@ -35,7 +37,7 @@ class Mixup:
         return self._crop(mixed, lengths, int(draws.integers(2**62))), labels
 
     def _mix(self, mel: Tensor, lengths: Tensor, targets: Tensor, draws: np.random.Generator) -> tuple[Tensor, Tensor]:
-        count, frames = self.bank.count, mel.shape[3]
+        count, frames = self.count, mel.shape[3]
         out, labels = mel.clone(), targets.clone()
         for row in range(len(mel)):
             share, where, place = draws.beta(self.alpha, self.alpha), draws.random(), draws.random()
@@ -49,7 +51,7 @@ class Mixup:
                 slot = number % self.bank.capacity
                 assert self.bank.mels is not None
                 assert self.labels is not None
-                partner, of = self.bank.mels[slot, :, : int(self.bank.lengths[slot])], self.labels[slot]
+                partner, of = self.bank.mels[slot, :, : int(self.lengths[slot])], self.labels[slot]
             own = int(lengths[row])
             start = int(place * (abs(own - partner.shape[1]) + 1))
             if partner.shape[1] > own:
@@ -60,14 +62,14 @@ class Mixup:
         return out, labels
 
     def _push(self, mel: Tensor, lengths: Tensor, targets: Tensor) -> None:
-        clips, capacity = len(mel), self.bank.capacity
-        slots = (self.bank.count + torch.arange(clips))[-capacity:] % capacity
+        capacity = self.bank.capacity
+        slots = (self.count + torch.arange(len(mel)))[-capacity:] % capacity
         self.bank.push(mel)
-        # the bank takes a batch to be of one length; here each clip keeps its own
-        self.bank.lengths[slots.to(self.bank.device)] = lengths[-capacity:].to(self.bank.device)
         if self.labels is None:
             self.labels = targets.new_zeros(capacity, targets.shape[1])
         self.labels[slots.to(targets.device)] = targets[-capacity:]
+        self.lengths[slots] = lengths[-capacity:]
+        self.count += len(mel)
 
     def _crop(self, mel: Tensor, lengths: Tensor, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -81,13 +83,16 @@ class Mixup:
         return mel
 
     def state_dict(self) -> dict[str, Any]:
-        used = min(self.bank.count, self.bank.capacity)
-        return {"bank": self.bank.state_dict(), "labels": None if self.labels is None else self.labels[:used].clone()}
+        used = min(self.count, self.bank.capacity)
+        labels = None if self.labels is None else self.labels[:used].clone()
+        return {"bank": self.bank.state_dict(), "labels": labels, "lengths": self.lengths[:used].clone()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
         """Continue where a mixup of the same capacity was, on ``device``."""
         self.bank.load_state_dict(state["bank"])
         self.bank.to(device)
+        self.count = self.bank.count
+        self.lengths[: len(state["lengths"])] = state["lengths"]
         labels = state["labels"]
         if labels is not None:
             self.labels = labels.new_zeros(self.bank.capacity, labels.shape[1], device=device)

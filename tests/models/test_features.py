@@ -124,3 +124,10 @@ def test_errors(frame_encoder, features):
         features(frame_encoder, mel, torch.tensor([102, 1]))
     with pytest.raises(TypeError, match=f"{name}: lengths must be"):
         features(frame_encoder, mel, torch.tensor([101.0, 1.0]))
+
+
+def test_tokens_that_share_their_time_are_refused():
+    encoder = FrameEncoder(SIZE, patch=(16, 16), max_frames=96)
+    assert frame_features(encoder, torch.randn(1, 1, 64, 96)).shape == (1, 24)
+    with pytest.raises(ValueError, match="token_features: encoder must have one token at a time, got 4 of them"):
+        token_features(encoder, torch.randn(1, 1, 64, 96))

@@ -185,6 +185,8 @@ def test_targets_and_valid_rows():
 def test_errors():
     with pytest.raises(ValueError, match="FineTuned: level must be 'clip' or 'frame', got str 'word'"):
         FineTuned(FrameEncoder(SIZE), 2, level="word")
+    with pytest.raises(TypeError, match="FineTuned: encoder must be a FrameEncoder or a ClipEncoder"):
+        FineTuned(LinearHead(2, 2), 2)
     with pytest.raises(ValueError, match="LinearHead: classes must be at least 1"):
         LinearHead(3, 0)
     with pytest.raises(ValueError, match=r"LinearHead: x must be \[..., 3\]"):

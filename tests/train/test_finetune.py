@@ -298,6 +298,11 @@ def test_messages(data, frame, clip, teachers, tmp_path):
     refused("nowhere: No such file", start=tmp_path / "nowhere")
     refused("--checkpoint must be an ATST-Frame, got an ATST-Clip", start=clip, run=distill, teacher=teachers["clip"])
     refused("was fine-tuned at level clip, and --level is frame", run=distill, teacher=teachers["clip"], level="frame")
+    square = tmp_path / "square"
+    encoder = ClipEncoder(SIZE, patch=(16, 16), max_frames=96)
+    weights = {f"{n}.encoder.{k}": v.clone() for n in ("teacher", "student") for k, v in encoder.state_dict().items()}
+    checkpoint.save(square, 1, weights, {}, {"model": encoder.config, "front_end": FRONT_END}, keep=1)
+    refused("--level frame needs one token at a time; .*square has 4", start=square, level="frame")
     refused("holds no head", run=distill, teacher=frame)
     assert finetune(settings(data, frame, tmp_path / "run", epochs=1)) == 0
     refused(r"belongs to a run of other settings.*\n  epochs: 2 now, 1 before", epochs=2)
