@@ -23,19 +23,19 @@ def test_from_audio_to_table(tmp_path, monkeypatch, capsys):
     (data / "pretrain").mkdir(parents=True)
     write_tones(data / "pretrain")
     write_tones(data)
-    options = ["--data", str(data), "--out", str(tmp_path / "out"), "--steps", "2", "--epochs", "1", "--seeds", "2"]
+    options = ["--data", str(data), "--out", str(tmp_path / "out"), "--steps", "2", "--epochs", "1", "--seeds", "1"]
     c2f.main(options)
     printed = capsys.readouterr().out
     assert "| test scores | clip mAP | clip top-1 | frame mAP | segment F1 (1 s) | event F1 (200 ms) |" in printed
     results = json.loads((tmp_path / "out/c2f.json").read_text())["results"]
     assert list(results) == list(c2f.SYSTEMS)
-    assert all(len(values) == 2 for scores in results.values() for values in scores.values())
-    mean = sum(results[c2f.SYSTEMS[2]]["clip_map"]) / 2
+    assert all(len(values) == 1 for scores in results.values() for values in scores.values())
+    (mean,) = results[c2f.SYSTEMS[2]]["clip_map"]
     assert f"| {c2f.SYSTEMS[2]} | {mean:.3f} ± " in printed
     c2f.main(options)
     again = capsys.readouterr()
     assert again.out == printed
-    assert again.err.count("complete: ") == 2 + 2 * 2 * 3
+    assert again.err.count("complete: ") == 2 + 2 * 3
     torch.set_num_threads(threads)
 
 
