@@ -157,9 +157,9 @@ $(GPU_CHECKS): gpu-%: gpu-build
 
 # In three parts, for peers are compiled: what works on samples and parameters, attention, and all else on tokens.
 GPU_BENCHES := $(wildcard benchmarks/gpu/bench_*.py)
-gpu-bench-samples: FILES = $(foreach op,log_mel augment ema,benchmarks/gpu/bench_$(op).py)
+gpu-bench-samples: FILES = $(foreach op,log_mel kaldi_fbank augment ema,benchmarks/gpu/bench_$(op).py)
 gpu-bench-attention: FILES = benchmarks/gpu/bench_frame_attention.py
-gpu-bench-tokens: FILES = $(filter-out %_log_mel.py %_augment.py %_ema.py %_frame_attention.py %_step.py,$(GPU_BENCHES))
+gpu-bench-tokens: FILES = $(filter-out %_log_mel.py %_kaldi_fbank.py %_augment.py %_ema.py %_frame_attention.py %_step.py,$(GPU_BENCHES))
 gpu-bench-ops: $(GPU_OPS)
 $(GPU_OPS): gpu-build
 	@echo "== operators on the GPU: $(@:gpu-bench-%=%)"

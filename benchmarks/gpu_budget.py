@@ -63,20 +63,28 @@ def _count(code: static.Code, pattern: str) -> int:
     return code.length if pattern == "all" else code.count(pattern)
 
 
-def mel(record: static.Record, pattern: str) -> float:
-    """Of a frame: a tile is 16 frames and 8 warps, each of which transforms two frames and sums 8 filters.
+def mel(frames: int, filters: int, bins: int) -> Callable[[static.Record, str], float]:
+    """Of a frame: a tile is so many of them and 8 warps, each of which transforms an eighth and sums 8 filters.
 
-    The transform is the section with the most arithmetic; it also holds the path of odd hops, and what one warp of the
-    eight does to publish a maximum. The products' loop does 8 bins of four frames; the longest filters of the eight
-    groups have 196 bins in all, rounded up as log_mel_tables.cuh rounds them. What is around it is done once a group.
+    The transform is the section with the most arithmetic; it also holds the path of odd hops, and, in log_mel, what one
+    warp of the eight does to publish a maximum. The longest filters of the groups of 8 have ``bins`` in all, rounded up
+    as mel_tables.cuh rounds them; the products' loop does 8 or 4 of them for a quarter of the frames. What is around it
+    is done once a group.
     """
-    transform = max(record.sections, key=lambda code: code.count(_FP32))
-    products = loop(record, FFMA=32)
-    staging = [code for code in record.loops if [code.count(name) for name in ("LDG", "STS", "FMUL")] == [16, 16, 0]]
-    samples = min(staging, key=lambda code: code.length)  # the longer one reflects, at the ends of a clip
-    around = min((code for code in record.loops if code.holds(products)), key=lambda code: code.length)
-    once = sum(_count(code, pattern) for code in (transform, samples, around)) - _count(products, pattern)
-    return (8 * once + 196 / 8 * _count(products, pattern)) * 32 / 16
+
+    def count(record: static.Record, pattern: str) -> float:
+        transform = max(record.sections, key=lambda code: code.count(_FP32))
+        products = loop(record, FFMA=32)
+        staging = [
+            code for code in record.loops if [code.count(name) for name in ("LDG", "STS", "FMUL")] == [16, 16, 0]
+        ]
+        samples = min(staging, key=lambda code: code.length)  # the longer one reflects, at the ends of a clip
+        around = min((code for code in record.loops if code.holds(products)), key=lambda code: code.length)
+        once = 8 * sum(_count(code, pattern) for code in (transform, samples))
+        once += filters / 8 * (_count(around, pattern) - _count(products, pattern))
+        return (once + bins / (32 / (frames / 4)) * _count(products, pattern)) * 32 / frames
+
+    return count
 
 
 def augment(record: static.Record, pattern: str) -> float:
@@ -84,7 +92,7 @@ def augment(record: static.Record, pattern: str) -> float:
     return per(4, LDG=8, MUFU=12)(record, pattern) + per(2, LDS=10, STG=2)(record, pattern)
 
 
-PARAMETERS, CLIPS, FRAMES = 86_000_000, 144, 1001
+PARAMETERS, CLIPS, FRAMES, FBANK_FRAMES = 86_000_000, 144, 1001, 998
 _BASE, _BATCH = {"size": "base", "provider": "atst_fast"}, {"size": "batch", "provider": "atst_fast"}
 _OPTIMIZER = "AdamWEMA", "test_adamw_ema", {**_BASE, "clip": False}
 WORK = [
@@ -93,9 +101,18 @@ WORK = [
         "144 clips of 10 s, float32, one unit a frame",
         CLIPS * FRAMES,
         4 * 160_000 / FRAMES + 4 * 64,
-        mel,
+        mel(16, 64, bins=196),
         wavefronts=237,
         measured=("log_mel", "test_log_mel", {**_BATCH, "dtype": "float32"}),
+    ),
+    Work(
+        "kaldi_fbank/kaldi_fbank_kernel<8>",
+        "144 clips of 10 s, 128 filters, float32, one unit a frame",
+        CLIPS * FBANK_FRAMES,
+        4 * 160_000 / FBANK_FRAMES + 4 * 128,
+        mel(32, 128, bins=188),
+        wavefronts=160,
+        measured=("kaldi_fbank", "test_kaldi_fbank", {**_BATCH, "model": "ssast", "dtype": "float32"}),
     ),
     Work(
         "augment/augment_kernel",

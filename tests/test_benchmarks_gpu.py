@@ -17,6 +17,7 @@ from benchmarks.gpu import (
     bench_epilogue,
     bench_frame_attention,
     bench_heads,
+    bench_kaldi_fbank,
     bench_log_mel,
     bench_patch_embed,
     bench_step,
@@ -77,6 +78,16 @@ def test_log_mel_cases_compute_one_thing(provider, dtype):
     other = bench_log_mel.PROVIDERS[provider](wave)().reshape(ours.shape)
     assert (ours - other).abs().max() < 0.05  # torchaudio floors over the batch's first axes in its own way
     assert bench_log_mel.work("batch", dtype)["bytes"] == 144 * (160000 * wave.element_size() + 1001 * 64 * 4)
+
+
+@pytest.mark.parametrize("provider", ["torch_batched", "torch_each_clip"])
+@pytest.mark.parametrize("model, frame_bytes", [("ssast", 998 * 128 * 4), ("asit", 998 * 128 * 4)])
+def test_kaldi_fbank_cases_compute_one_thing(provider, model, frame_bytes):
+    arguments = bench_kaldi_fbank.make_wave("tiny", model, "float32", "cpu"), bench_kaldi_fbank.cpu.RATES[model]
+    ours, other = (bench_kaldi_fbank.PROVIDERS[name](*arguments)() for name in ("atst_fast", provider))
+    torch.testing.assert_close(ours, other, rtol=0, atol=tolerances.FBANK_OTHER_WAY)
+    samples = 10 * bench_kaldi_fbank.cpu.RATES[model]
+    assert bench_kaldi_fbank.work("batch", model, "int16")["bytes"] == 144 * (2 * samples + frame_bytes)
 
 
 def test_augment_cases_compute_one_thing():

@@ -72,7 +72,8 @@ def kaldi_fbank(
         float32 ``[..., T, num_mel_bins]`` with ``T = (N - frame) // shift + 1``, both in samples, rounded down.
 
     Differentiable with respect to ``waveform`` if that requires a gradient: then the PyTorch reference runs.
-    NaN and infinity spread to the frames that hold them. On a GPU it is one launch, at most 1024 triangles.
+    NaN and infinity spread in the frames that hold them, to every triangle that reads a bin. On a GPU it is one launch,
+    at most 1024 triangles.
     Largest error against float64, where an energy is within 60 dB of the strongest bin of its frame and of the square
     of its mean: 2e-4. The bits do not depend on the number of threads.
     Matches torchaudio.compliance.kaldi.fbank as ssast, ASiT and BEATs call it.

@@ -1,30 +1,9 @@
 // The boundary of log_mel on a GPU: checks, the output and its scratch, one launch.
-#include <algorithm>
-
-#include "launch.cuh"
 #include "log_mel/log_mel_kernel.cuh"
+#include "log_mel/mel_launch.cuh"
 
 namespace atst {
 namespace {
-
-void check_table(const Call& call, const Tensor& t, int64_t dim, const char* name) {
-  call.same_device(t, name);
-  check_dtype(t, ScalarType::Float, call.op, name);
-  check_contiguous(t, call.op, name);
-  check_dim(t, dim, call.op, name);
-}
-
-template <int G>
-void run(const Call& call, LogMelArgs a) {
-  // runs that do not fit are read from the filterbank itself
-  const size_t limit = call.shared_limit, least = MelShared<G>::bytes(a.hop, a.n_mels, 0);
-  ATST_CHECK(least <= limit, call.op, ": n_fft, hop_length and n_mels together need ", least,
-             " bytes of shared memory, and this GPU has ", limit);
-  a.weights = std::min(log_mel_weights(MelShape<G>::n_fft, a.n_mels), static_cast<int>((limit - least) / 16 * 4));
-  const int blocks = std::min(a.items, 2 * call.multiprocessors);
-  const size_t shared = MelShared<G>::bytes(a.hop, a.n_mels, a.weights);
-  call.launch(log_mel_kernel<G>, dim3(blocks), dim3(kMelThreads), shared, a);
-}
 
 // Arguments and result as of the CPU operator (log_mel_cpu.cpp). A length on the device cannot be looked at here: where
 // it is impossible, the clip becomes NaN.
@@ -37,8 +16,8 @@ Tensor log_mel(const Tensor& waveform, const Tensor& window, const Tensor& fb, c
   ATST_CHECK(is_int16 || waveform.scalar_type() == ScalarType::Float, op, ": waveform must be float32 or int16");
   check_dim(waveform, 2, op, "waveform");
   check_contiguous(waveform, op, "waveform");
-  check_table(call, window, 1, "window");
-  check_table(call, fb, 2, "fb");
+  check_mel_table(call, window, 1, "window");
+  check_mel_table(call, fb, 2, "fb");
   const int64_t rows = waveform.size(0), samples = waveform.size(1), n_fft = window.size(0), n_mels = fb.size(1);
   ATST_CHECK(n_fft == 512 || n_fft == 1024 || n_fft == 2048, op, ": window must have 512, 1024 or 2048 values");
   ATST_CHECK(fb.size(0) == n_fft / 2 + 1, op, ": fb must have n_fft / 2 + 1 rows");
@@ -75,16 +54,17 @@ Tensor log_mel(const Tensor& waveform, const Tensor& window, const Tensor& fb, c
   }
   a.samples = samples, a.frames = frames;
   a.items = static_cast<int>(rows * tiles), a.tiles = static_cast<int>(tiles);
-  a.hop = static_cast<int>(hop), a.n_mels = static_cast<int>(n_mels), a.group = static_cast<int>(group);
+  a.window_size = static_cast<int>(n_fft), a.hop = static_cast<int>(hop), a.n_mels = static_cast<int>(n_mels),
+  a.group = static_cast<int>(group);
   a.is_int16 = is_int16;
   a.top_db = top_db ? static_cast<float>(*top_db) : 0.0f;
   a.scale = static_cast<float>(scale), a.bias = static_cast<float>(bias);
   if (n_fft == 512)
-    run<8>(call, a);
+    launch_mel<8>(call, log_mel_kernel<8>, a);
   else if (n_fft == 1024)
-    run<16>(call, a);
+    launch_mel<16>(call, log_mel_kernel<16>, a);
   else
-    run<32>(call, a);
+    launch_mel<32>(call, log_mel_kernel<32>, a);
   return out;
 }
 

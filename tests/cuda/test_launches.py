@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests import cuda_shim
+from tests.cuda import test_kaldi_fbank as fbank
 from tests.cuda.budget import BUDGET
 from tests.cuda.test_augment import make_case
 from tests.cuda.test_log_mel import arguments
@@ -13,6 +14,11 @@ pytestmark = pytest.mark.skipif(cuda_shim.unavailable() is not None, reason=cuda
 
 def log_mel(n_fft):
     return lambda ops: ops.log_mel(*arguments(torch.zeros(1, 3000), n_fft=n_fft))
+
+
+def kaldi_fbank(n_fft):
+    rate = {512: 16000, 1024: 32000, 2048: 48000}[n_fft]
+    return lambda ops: ops.kaldi_fbank(*fbank.arguments(torch.zeros(1, 3000), rate=rate, shift=rate // 100))
 
 
 def augment(ops):
@@ -40,6 +46,7 @@ LAUNCHES = {
     "ema/ema_kernel": ema,
     "ema/adamw_kernel": adamw,
     "ema/norm_kernel": norm,
+    **{f"kaldi_fbank/kaldi_fbank_kernel<{n_fft // 64}>": kaldi_fbank(n_fft) for n_fft in (512, 1024, 2048)},
     **{f"log_mel/log_mel_kernel<{n_fft // 64}>": log_mel(n_fft) for n_fft in (512, 1024, 2048)},
 }
 

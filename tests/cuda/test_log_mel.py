@@ -147,7 +147,7 @@ def test_any_filterbank(cuda_ops, n_mels, dense):
 @pytest.mark.parametrize("n_mels", [40, 64, 80, 128, 256])
 @pytest.mark.parametrize("n_fft", [512, 1024, 2048])
 def test_triangles_fit_into_shared_memory(n_fft, n_mels):
-    """They would be right without, too, but slow: this is log_mel_weights and what make_mel_tables puts there."""
+    """They would be right without, too, but slow: this is mel_weights and what make_mel_tables puts there."""
     _, fb = tables(16000, n_fft, None, 0.0, 8000.0, n_mels)
     floats = 0
     for group in range(0, n_mels, 8):

@@ -1,4 +1,4 @@
-// What log_mel_kernel is given, how a block lays out its shared memory, and the tables that it makes there first.
+// For log_mel and kaldi_fbank: how a block lays out its shared memory, and the tables that it makes there first.
 #pragma once
 
 #include "log_mel/fft.cuh"
@@ -7,19 +7,11 @@ namespace atst {
 
 constexpr int kMelThreads = 256;
 
-struct LogMelArgs {
-  const void* wave;  // [rows, samples], int16 or float32
-  const float *window, *fb;
-  const int64_t* lengths;   // [rows] or null
-  float* out;               // [rows, n_mels, frames]
-  uint32_t *peak, *ticket;  // [rows / group], zero at the start; null: no floor
-  float* tile_min;          // [rows, tiles]
-  int64_t samples, frames;
-  int items, tiles;  // tiles of all rows, and of one
-  int hop, n_mels, group;
+// What the kernels from samples to mel filters are given in common.
+struct MelArgs {
+  const float *window, *fb;  // [window_size], followed by zeros up to n_fft, and [n_fft / 2 + 1, n_mels]
+  int window_size, hop, n_mels;
   int weights;  // floats of shared memory for the filterbank's runs
-  bool is_int16;
-  float top_db, scale, bias;
 };
 
 // A warp computes kMelGroup neighbouring filters of all frames of a tile at a time.
@@ -37,7 +29,7 @@ struct MelShape {
 };
 
 // Floats for the filterbank's runs: enough for 40 triangles or more (fewer are wider).
-inline int log_mel_weights(int n_fft, int n_mels) { return (3 * (n_fft / 2 + 1) + 8 * n_mels) / 4 * 4; }
+inline int mel_weights(int n_fft, int n_mels) { return (3 * (n_fft / 2 + 1) + 8 * n_mels) / 4 * 4; }
 
 // The block's shared memory; all sizes in floats.
 template <int G>
@@ -48,7 +40,7 @@ struct MelShared {
   float* warp_min;             // [8]
   int* flags;                  // [0]: the filterbank does not fit, [1]: the floor group to finish, or -1
 
-  __device__ __forceinline__ MelShared(float* base, const LogMelArgs& a) {
+  __device__ __forceinline__ MelShared(float* base, const MelArgs& a) {
     using Shape = MelShape<G>;
     region = base;
     window = region + Shape::frames * Shape::region;
@@ -90,7 +82,7 @@ __device__ __forceinline__ Complex unit_root(int k, int n) {
 
 // Window (halved: the real transform's unpacking halves every value, exactly), twiddles, and the filterbank's runs.
 template <int G>
-__device__ void make_mel_tables(const LogMelArgs& a, const MelShared<G>& s) {
+__device__ void make_mel_tables(const MelArgs& a, const MelShared<G>& s) {
   using Shape = MelShape<G>;
   constexpr int bins = Shape::points + 1;
   const int tid = threadIdx.x;
@@ -118,7 +110,8 @@ __device__ void make_mel_tables(const LogMelArgs& a, const MelShared<G>& s) {
     atomicMin(s.first + m, first);
     atomicMax(s.last + m, last);
   }
-  for (int i = tid; i < Shape::n_fft; i += kMelThreads) s.window[i] = 0.5f * __ldg(a.window + i);
+  for (int i = tid; i < Shape::n_fft; i += kMelThreads)
+    s.window[i] = i < a.window_size ? 0.5f * __ldg(a.window + i) : 0.0f;
   for (int i = tid; i < Shape::points; i += kMelThreads) {
     const Complex w = unit_root(i / G * (i % G), Shape::points);
     s.twiddle[2 * i] = w.re, s.twiddle[2 * i + 1] = w.im;
