@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atst_fast.integrations.spans import Span, covering, official_clip, official_frame
 from atst_fast.models import ClipEncoder, FrameEncoder
+from atst_fast.models.pretrained import Pretrained
 from atst_fast.nn import LogMelSpectrogram
 from atst_fast.ops import _checks
 
@@ -17,7 +18,7 @@ _OFFICIAL_CLIP = 601  # mel frames of a chunk: the six seconds that ATST-Clip wa
 _BLOCKS = 12  # the official code takes as many of the last blocks
 
 
-class Embedder(nn.Module):
+class Embedder(Pretrained):
     """An encoder with its front end, for audio of any length.
 
     Longer audio goes through the encoder in chunks of the length that it was trained on. A token stands for
@@ -78,6 +79,23 @@ class Embedder(nn.Module):
         self.hop_ms = 1000 * self.patch * front_end.hop_length / front_end.sample_rate
         self.timestamp_embedding_size = n_blocks * encoder.dim
         self.scene_embedding_size = self.timestamp_embedding_size * (2 if self._has_cls else 1)
+
+    def to_config(self) -> dict[str, Any]:
+        """What `save_pretrained` keeps beside the weights, which include the front end's tables."""
+        own = {"n_blocks": self.n_blocks, "chunk_frames": self.chunk_frames, "official": self.official}
+        return {
+            "encoder": type(self.encoder).__name__,
+            "model": self.encoder.config,
+            "front_end": self.front_end.config,
+            "embedder": {**own, "batch_size": self.batch_size},
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Embedder":
+        """An embedder of a `to_config`, its encoder on the meta device."""
+        kinds: dict[str, type[FrameEncoder | ClipEncoder]] = {k.__name__: k for k in (FrameEncoder, ClipEncoder)}
+        encoder = kinds[config["encoder"]].from_config(config)
+        return cls(encoder, LogMelSpectrogram(**config["front_end"]), **config["embedder"])
 
     def scene(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """One embedding per clip, ``[B, scene_embedding_size]`` float32: the mean of its tokens, weighted as above.

@@ -37,6 +37,10 @@ class Pretrained(nn.Module):
         folder = Path(folder)
         config = {"class": type(self).__name__, **self.to_config()}
         if front_end is not None:
+            if "front_end" in config:
+                raise ValueError(
+                    f"{type(self).__name__}.save_pretrained: front_end must be None: the module has its own"
+                )
             config["front_end"] = dict(front_end)
         text = json.dumps(config, indent=2) + "\n"
         folder.mkdir(parents=True, exist_ok=True)

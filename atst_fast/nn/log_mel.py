@@ -32,6 +32,18 @@ class LogMelSpectrogram(nn.Module):
         self.sample_rate, self.n_fft, self.hop_length = sample_rate, n_fft, hop_length
         self.top_db, self.minmax, self.dtype = top_db, minmax, dtype
         self._settings = (sample_rate, n_fft, win_length, f_min, f_max, n_mels)
+        # all that it takes to build this front end again, but for the dtype
+        self.config = {
+            "sample_rate": sample_rate,
+            "n_fft": n_fft,
+            "win_length": win_length or n_fft,
+            "hop_length": hop_length,
+            "f_min": f_min,
+            "f_max": f_max,
+            "n_mels": n_mels,
+            "top_db": top_db,
+            "minmax": minmax,
+        }
         window, fb = make_tables(*self._settings)
         device = torch.get_default_device()
         self.spectrogram, self.mel_scale = nn.Module(), nn.Module()
