@@ -31,8 +31,8 @@ class ATSTClip(StudentTeacher):
             lengths1, lengths2: their valid frames int64 ``[B]``, or None: all T. They belong on the CPU for mels that
                 lie there; for a GPU they are best where the mels are.
 
-        On a GPU nobody waits for it, and a CUDA graph can hold the whole; a length that is out of range gives a NaN
-        there, and no gradient. Raises ``ValueError`` for views of different shapes and, on a CPU, such a length.
+        On a GPU nobody waits for it, and a CUDA graph can hold the whole; a length that is out of range makes the loss
+        NaN there. Raises ``ValueError`` for views of different shapes and, on a CPU, such a length.
         """
         student, teacher, count = self._outputs(view1, view2, lengths1, lengths2)
         return frame_loss(student, teacher, count=count)

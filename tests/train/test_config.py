@@ -35,6 +35,9 @@ def made(**changes):
             "--mask-ratio and --mask-len ask for 5 spans; a clip of 5 patches has no room",
         ),
         ({"win_length": 2048}, "--win-length must be between"),
+        ({"method": "clip", "clip_seconds": 601.0}, "--clip-seconds must be between 0.2 and 600, got 601.0"),
+        ({"method": "clip", "positive_seconds": 0.1}, "--positive-seconds must be between 0.2 and 600, got 0.1"),
+        ({"positive_seconds": 6.0}, "--positive-seconds belongs to --method clip"),
     ],
 )
 def test_values_that_make_no_sense(changes, message):
@@ -70,8 +73,32 @@ def test_resolve_follows_the_recipes():
     base = resolve(made(arch="base", lr=None, steps=None, batch_size=1008), 1990)
     assert (base["steps"], base["warmup_steps"]) == (398000, 19900)
     assert base["peak_lr"] == pytest.approx(3.15e-4)
+    clip = resolve(made(method="clip", arch="small", lr=None, steps=None, batch_size=1536), 130)
+    assert (clip["steps"], clip["warmup_steps"], clip["momentum"]) == (39000, 1297, 0.99)  # 39,100 with 10 more steps
+    assert clip["peak_lr"] == pytest.approx(3e-3)
+    assert (clip["clip_seconds"], clip["positive_seconds"]) == (6.0, 6.0)
+    base = resolve(made(method="clip", arch="base", lr=None, steps=None, batch_size=1536), 1953)
+    assert (base["steps"], base["warmup_steps"], base["momentum"]) == (318000, 15860, 0.9995)
+    assert base["peak_lr"] == pytest.approx(1.2e-3)
     with pytest.raises(UserError, match="--warmup-steps must be at most the number of steps"):
         resolve(made(warmup_steps=11), 4)
+
+
+def test_crops_of_both_methods():
+    assert made().samples == (160000,)
+    assert made(clip_seconds=2.0).samples == (32000,)
+    assert made(method="clip").samples == (96000, 96000)
+    assert made(method="clip", clip_seconds=9.0).samples == (144000, 96000)
+    assert made(method="clip", positive_seconds=1.5).samples == (96000, 24000)
+    check(made(method="clip", clip_seconds=0.2, mask_len=51))  # it draws no masks
+
+
+def test_a_run_from_before_there_were_methods_is_one_of_atst_frame():
+    now = resolve(made(), 4)
+    before = {k: v for k, v in now.items() if k not in ("method", "positive_seconds", "precision")}
+    assert conflicts(now | {"precision": "float32"}, before) == []
+    clip = resolve(made(method="clip"), 4) | {"precision": "float32"}
+    assert "method: 'clip' now, 'frame' before" in conflicts(clip, before)
 
 
 def test_conflicts_knows_every_field():

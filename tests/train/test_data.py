@@ -47,6 +47,46 @@ def test_long_clips_come_as_often_as_the_crop_fits(clips_folder):
         assert data.per_epoch == expected.sum()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_crops_of_a_clip_lie_side_by_side(clips_folder, tmp_path, packed):
+    """Each at a place of its own; the first is where the only one would be."""
+    folder = pack(PackConfig(src=clips_folder, dst=tmp_path / "p")) if packed else clips_folder
+    data, single = batches(folder, samples=(4000, 2500)), batches(folder)
+    assert data.per_epoch == 4
+    found = set()
+    for step in range(4):
+        both = data.batch(step).waveform
+        assert (both.dtype, both.shape) == (torch.int16, (3, 6500))
+        assert torch.equal(both[:, :4000], single.batch(step).waveform)
+        for name, row in zip(data.names(step), both[:, 4000:]):
+            clip = audio.read(clips_folder / name)
+            places = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(clip, 2500) == row.numpy()).all(1))
+            assert len(places)
+            found.add(round(float(places[0] / (len(clip) - 2500)), 2))
+    assert len(found) > 8
+
+
+def test_both_crops_are_of_the_same_clip_when_one_of_them_cannot_be_read(clips_folder, monkeypatch):
+    data = Batches(open_source(clips_folder, 1), 12, (1600, 1600), 0, crops_per_clip=1)
+    real, first = audio.read, []
+
+    def read(path, start=0, samples=None):
+        if path.name == "05.wav" and first.append(start) is None and len(first) % 2 == 0:
+            raise audio.AudioError("undecodable")
+        return real(path, start, samples)
+
+    monkeypatch.setattr("atst_fast.train.data.read", read)
+    rows = data.batch(0).waveform
+    whole = {name: real(clips_folder / name) for name in data.source.names}
+    for row in rows.numpy():
+        owners = [
+            {n for n, x in whole.items() if (np.lib.stride_tricks.sliding_window_view(x, 1600) == crop).all(1).any()}
+            for crop in (row[:1600], row[1600:])
+        ]
+        assert owners[0] & owners[1] - {"05.wav"}
+    assert len(first) == 2
+
+
 def test_the_incomplete_batch_is_left_out(clips_folder):
     data = batches(clips_folder, size=5)
     assert data.per_epoch == 2

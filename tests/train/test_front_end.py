@@ -5,8 +5,8 @@ import torch
 
 from atst_fast.ops import augment
 from atst_fast.ops.augment import AugmentDraws, MemoryBank, augment_views
-from atst_fast.train import front_end
-from atst_fast.train.front_end import FrontEnd
+from atst_fast.train import front_end, views
+from atst_fast.train.front_end import ClipFrontEnd, FrontEnd
 from atst_fast.train.masks import spans_to_mask
 from tests import tolerances as tol
 from tests.golden import load
@@ -20,10 +20,10 @@ def replay(tape, augmented, banks, shape):
     crop_start = draw("randint") or 0
     draw("rand")
     starts = draw("choice")
-    views = []
+    draws = []
     for on, bank in zip(augmented, banks):
         if not on:
-            views.append(None)
+            draws.append(None)
             continue
         alpha = 0.4 * draw("random")
         partner = draw("randint") if bank.count else -1
@@ -31,11 +31,31 @@ def replay(tape, augmented, banks, shape):
         h = min(max(int(draw("uniform") * bins), 1), bins)
         draw("uniform")
         i = draw("randint") or 0
-        views.append(AugmentDraws(
+        draws.append(AugmentDraws(
             torch.tensor([partner]), torch.tensor([0]), torch.tensor([alpha]), torch.tensor([[i, 0, h, frames]]), shape
         ))  # fmt: skip
     assert not tape
-    return crop_start, starts, views
+    return crop_start, starts, draws
+
+
+def replay_clip(tape, front, shape):
+    """The same of ATST-Clip: two crop starts, then mixup and crop in both axes of each view."""
+    tape = list(tape)
+    draw = lambda name: tape.pop(0)[1] if tape and tape[0][0] == name else None  # noqa: E731
+    starts, draws = [draw("randint"), draw("randint")], []
+    bins, frames = shape
+    canvas = (bins, int(1.5 * frames))
+    for bank in front.banks:
+        alpha = 0.4 * draw("random")
+        partner = draw("randint") if bank.count else -1
+        h = min(max(int(draw("uniform") * bins), 1), bins)
+        w = min(max(int(draw("uniform") * frames), 1), canvas[1])
+        i = draw("randint") if h < bins else 0
+        j = draw("randint") if w < canvas[1] else 0
+        crop = torch.tensor([[i, j, h, w]])
+        draws.append(AugmentDraws(torch.tensor([partner]), torch.tensor([0]), torch.tensor([alpha]), crop, canvas))
+    assert not tape
+    return starts, draws
 
 
 CASES = [case for case in load("transform")[1]["cases"] if case["kind"] == "frame"]
@@ -53,13 +73,102 @@ def test_golden_transform(isa, case):
     for call, tape in enumerate(case["tape"]):
         start, spans, draws = replay(tape, augmented, banks, (options["n_mels"], samples // 160 + 1))
         clip = torch.nn.functional.pad(wave[start : start + samples], (0, max(0, samples - len(wave))))
-        views = augment_views(front.log_mel(clip[None, None]), draws, banks)
+        made = augment_views(front.log_mel(clip[None, None]), draws, banks)
         stored = [t[f"out/{case['id']}/call{call}/crop{v}"] for v in range(2)]
-        for view, expected in zip(views, stored):
+        for view, expected in zip(made, stored):
             torch.testing.assert_close(view[0], expected, rtol=0, atol=tol.FRONT_END)
         mask = t[f"out/{case['id']}/call{call}/mask"]
         spans = torch.tensor([spans])
         assert torch.equal(spans_to_mask(spans, torch.full_like(spans, options["mask_len"]), len(mask))[0], mask)
+
+
+def test_golden_clip_transform(isa, monkeypatch):
+    """Two calls of the official transform, with its draws replayed in ClipFrontEnd's own."""
+    t, meta = load("transform")
+    (case,) = (c for c in meta["cases"] if c["kind"] == "clip")
+    samples = [int(case["kw"][name][0] * 16000) for name in ("anchor_len", "positive_len")]
+    front, wave = ClipFrontEnd(samples, bank_size=10), t[case["x"]]
+    for call, tape in enumerate(case["tape"]):
+        starts, draws = replay_clip(tape, front, (64, samples[0] // 160 + 1))
+        monkeypatch.setattr(views, "draw_augment", lambda *_, left=draws, **__: left.pop(0))
+        crops = [wave[start : start + n] for start, n in zip(starts, samples)]
+        batch = front(torch.cat(crops)[None])
+        for k, view in enumerate(batch[:2]):
+            expected = t[f"out/{case['id']}/call{call}/crop{k}"]
+            torch.testing.assert_close(view[0], expected, rtol=0, atol=tol.FRONT_END)
+        assert t[f"out/{case['id']}/call{call}/lengths"].tolist() == [view.shape[3] for view in batch[:2]]
+        assert batch.lengths1 is batch.lengths2 is None
+
+
+def test_both_views_are_drawn_as_published(monkeypatch):
+    """Sizes of the crops: up to all bins, 0.6 to 1.5 of the frames on a canvas of 1.5 times as many."""
+    drawn = []
+    real = views.draw_augment
+    monkeypatch.setattr(views, "draw_augment", lambda *a, **k: drawn.append(real(*a, **k)) or drawn[-1])
+    front = ClipFrontEnd((8000, 6400), bank_size=100)
+    for _ in range(20):
+        front(torch.randint(-9000, 9000, (10, 14400)).to(torch.int16))
+    for first, frames in ((0, 51), (1, 41)):
+        crops = torch.cat([d.crop for d in drawn[first::2]])
+        assert {d.canvas for d in drawn[first::2]} == {(64, int(1.5 * frames))}
+        i, j, h, w = crops.unbind(1)
+        assert (h.min() >= 38, h.max() == 64, (h == 64).float().mean() > 0.4) == (True, True, True)
+        assert int(0.6 * frames) <= w.min() < 0.7 * frames
+        assert 1.4 * frames < w.max() <= int(1.5 * frames)
+        assert (i + h).max() <= 64
+        assert (j + w).max() <= int(1.5 * frames)
+        assert len(set(j.tolist())) > 10
+    assert not torch.equal(drawn[0].crop, drawn[1].crop)
+
+
+def test_the_shorter_view_is_padded_and_has_its_length():
+    front = ClipFrontEnd((8000, 6000))
+    wave = torch.randint(-9000, 9000, (3, 14000)).to(torch.int16)
+    batch = front(wave)
+    assert batch.view1.shape == batch.view2.shape == (3, 1, 64, 51)
+    assert batch.lengths1 is None
+    assert batch.lengths2.tolist() == [38] * 3
+    assert not batch.view2[..., 38:].any()
+    front.augmented = (False, False)
+    plain = front(wave)
+    assert torch.equal(plain.view1, front.log_mel(wave[:, None, :8000]))
+    assert torch.equal(plain.view2[..., :38], front.log_mel(wave[:, None, 8000:]))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: ClipFrontEnd((8000,)), "ClipFrontEnd: samples must be two positive numbers"),
+        (lambda: ClipFrontEnd((8000, 0)), "ClipFrontEnd: samples must be two positive numbers"),
+        (lambda: ClipFrontEnd((8000, 800))(torch.zeros(2, 8000)), r"waveform must be \[B, 8800\]"),
+        (lambda: ClipFrontEnd((8000, 800))(torch.zeros(8800)), r"waveform must be \[B, 8800\]"),
+    ],
+)
+def test_crops_that_do_not_fit(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_clip_continued_from_its_state_it_gives_the_same_bits():
+    one, other = (ClipFrontEnd((4000, 4000), bank_size=5, seed=seed) for seed in (7, 1))
+    list(batches(one, 3))
+    other.load_state_dict(one.state_dict())
+    for a, b in zip(batches(one, 3, seed=9), batches(other, 3, seed=9)):
+        assert_same(a, b)
+    with pytest.raises(ValueError, match="ClipFrontEnd: the state is of a front end that augments other views"):
+        other.load_state_dict(FrontEnd().state_dict())
+
+
+def test_clip_asks_for_no_value(monkeypatch):
+    """As below, with views of different lengths."""
+    front, other = ClipFrontEnd((4800, 3200)), ClipFrontEnd((4800, 3200))
+    waves = torch.randint(-9000, 9000, (2, 3, 8000)).to(torch.int16)
+    front(waves[0])
+    other(waves[0])
+    monkeypatch.setattr(augment, "_check_values", lambda *_: None)
+    with NothingWaits():
+        batch = front(waves[1])
+    assert_same(batch, other(waves[1]))
 
 
 def batches(front, n, seed=0):

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 
-from atst_fast.models import ATSTFrame, FrameEncoder
+from atst_fast.models import ATSTFrame, ClipEncoder, FrameEncoder
 from atst_fast.train import checkpoint
 from atst_fast.train import probe as module
 from atst_fast.train.config import UserError
@@ -145,6 +145,21 @@ def test_features_do_not_depend_on_what_else_is_in_the_batch():
         assert np.allclose(together.clips[i], together.frames[i].mean(axis=0))
     first = encoder.intermediate(mels[0][None, None, :, :40], None, 2)[0].detach().numpy()
     assert np.abs(first - together.frames[0][:10]).max() < CHUNKED_FEATURES
+
+
+def test_features_of_atst_clip_are_class_tokens_and_means():
+    torch.manual_seed(0)
+    encoder = ClipEncoder({"dim": 64, "depth": 2, "num_heads": 2}, max_frames=41).eval()
+    mels = [torch.randn(64, n) for n in (59, 40)]  # chunks of 40 and 19 frames, 10 and 4 tokens
+    features = encoder_features(encoder, mels, 2)
+    assert [f.shape for f in features.frames] == [(14, 128), (10, 128)]
+    assert features.clips.shape == (2, 256)
+    with torch.no_grad():
+        parts = [encoder.intermediate(part[None, None], None, 2) for part in mels[0].split(40, dim=1)]
+    (whole, tokens), (rest, others) = ([x[0].numpy() for x in part] for part in parts)
+    assert np.abs(features.frames[0] - np.concatenate([tokens, others])).max() < CHUNKED_FEATURES
+    assert np.abs(features.clips[0, :128] - (10 * whole + 4 * rest) / 14).max() < CHUNKED_FEATURES
+    assert np.allclose(features.clips[:, 128:], [f.mean(axis=0) for f in features.frames])
 
 
 def test_mel_features():

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from atst_fast.train.front_end import FrontEndBatch
+from atst_fast.train.front_end import ClipBatch, FrontEndBatch
 from atst_fast.train.step import make_optimizer, train_step
 from tests.golden import load
-from tests.golden.systems import frame_step
+from tests.golden.systems import clip_step, frame_step
 from tests.tolerances import GOLDEN_LOSS_RTOL, GOLDEN_STEP_ATOL, SCHEDULE_RTOL
 
 
@@ -19,10 +19,18 @@ def golden_batch(t, step):
     return FrontEndBatch(*(t[f"in/step{step}/{k}"] for k in ("mel0", "mel1", "len0", "mask0")))
 
 
-def test_five_steps_are_those_of_the_official_code():
-    t, meta = load("frame_step5")
-    model, optimizer, schedules = golden_system()
-    outs = [train_step(model, optimizer, schedules, golden_batch(t, step), step) for step in range(5)]
+def clip_batch(t, step):
+    return ClipBatch(*(t[f"in/step{step}/{k}"] for k in ("mel0", "mel1", "len0", "len1")))
+
+
+@pytest.mark.parametrize(
+    "name, system, batch", [("frame_step5", frame_step, golden_batch), ("clip_step5", clip_step, clip_batch)]
+)
+def test_five_steps_are_those_of_the_official_code(name, system, batch):
+    t, meta = load(name)
+    model, schedules = system()
+    optimizer = make_optimizer(model, schedules)
+    outs = [train_step(model, optimizer, schedules, batch(t, step), step) for step in range(5)]
     for key, name in (("loss", "loss"), ("std_stu", "std_student"), ("std_tea", "std_teacher")):
         got = torch.tensor([float(getattr(out, name)) for out in outs], dtype=torch.float64)
         torch.testing.assert_close(got, t[f"out/{key}"], rtol=GOLDEN_LOSS_RTOL, atol=0)

@@ -2,13 +2,14 @@
 
 import torch
 
-from atst_fast.models import ATSTFrame
-from atst_fast.train.front_end import FrontEnd
+from atst_fast.models import ATSTClip, ATSTFrame
+from atst_fast.train.front_end import ClipFrontEnd, FrontEnd
 from atst_fast.train.graph import Stepper
 from atst_fast.train.precision import Trainee
 from atst_fast.train.schedule import Schedules
 
 SECONDS, CLIPS = 0.8, 8
+CROPS = (7200, 5600)  # of ATST-Clip: the same samples, as two crops side by side
 
 
 def clips(step, batch=CLIPS, seconds=SECONDS):
@@ -22,14 +23,15 @@ def clips(step, batch=CLIPS, seconds=SECONDS):
     return ((tones.sum(1) + noise).clamp(-1, 1) * 32767).to(torch.int16)
 
 
-def stepper(precision="float32", *, steps=200, device="cpu", graph=None, drop_path=0.1, **front_end):
+def stepper(precision="float32", *, method="frame", steps=200, device="cpu", graph=None, drop_path=0.1, **front_end):
     """Everything of a run, always with the same weights and draws."""
     torch.manual_seed(0)
     size = {"dim": 64, "depth": 2, "num_heads": 2}
-    frames = int(SECONDS * 100) + 1
-    model = ATSTFrame(size, hidden=128, out=32, max_frames=frames, drop_path_rate=drop_path).to(device)
+    system, samples = (ATSTFrame, int(16000 * SECONDS)) if method == "frame" else (ATSTClip, max(CROPS))
+    model = system(size, hidden=128, out=32, max_frames=samples // 160 + 1, drop_path_rate=drop_path).to(device)
     schedules = Schedules(steps=steps, lr=2e-3, warmup_steps=steps // 10, momentum=0.99)
-    front = FrontEnd(bank_size=32, **front_end).to(device)
+    views = FrontEnd if method == "frame" else lambda **kwargs: ClipFrontEnd(CROPS, **kwargs)
+    front = views(bank_size=32, **front_end).to(device)
     return Stepper(front, Trainee(model, schedules, precision), schedules, graph=graph)
 
 
