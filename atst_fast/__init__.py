@@ -3,6 +3,7 @@
 ``atst_fast.ops`` functions, ``atst_fast.nn`` drop-in modules, ``atst_fast.models`` ATST-Frame,
 ``atst_fast.optim`` AdamW + teacher update in one pass, ``load_checkpoint()`` encoders of anybody's files,
 ``Embedder`` embeddings of audio of any length, ``hear`` the same as HEAR calls it,
+``accelerate(model)`` fused forwards for models that exist, ``accelerate_transforms`` for their data,
 ``build_info()`` who runs each operator here, and why.
 """
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
         load_checkpoint,
         save_checkpoint,
     )
+    from atst_fast.integrations.accelerate import accelerate, accelerated, restore
+    from atst_fast.integrations.accelerate_transforms import accelerate_transforms, restore_transforms
     from atst_fast.ops import build_info
 
 try:
@@ -32,6 +35,9 @@ __all__ = [
     "CheckpointError",
     "Embedder",
     "__version__",
+    "accelerate",
+    "accelerate_transforms",
+    "accelerated",
     "build_info",
     "inspect_checkpoint",
     "load_checkpoint",
@@ -40,9 +46,14 @@ __all__ = [
     "ops",
     "optim",
     "save_checkpoint",
+    "restore",
+    "restore_transforms",
 ]
 # name -> the module that it is imported from
 _HOMES = {
+    "accelerate": "integrations.accelerate",
+    "accelerate_transforms": "integrations.accelerate_transforms",
+    "accelerated": "integrations.accelerate",
     "build_info": "ops",
     "Checkpoint": "integrations",
     "CheckpointError": "integrations",
@@ -50,6 +61,8 @@ _HOMES = {
     "inspect_checkpoint": "integrations",
     "load_checkpoint": "integrations",
     "save_checkpoint": "integrations",
+    "restore": "integrations.accelerate",
+    "restore_transforms": "integrations.accelerate_transforms",
 }
 
 

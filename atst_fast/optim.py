@@ -123,6 +123,31 @@ class AdamWEMA(torch.optim.Optimizer):
             raise
         self._index()
 
+    @classmethod
+    def from_optimizer(cls, optimizer: torch.optim.Optimizer, **options: Any) -> "AdamWEMA":
+        """Go on where an AdamW is: its parameters, groups with all their keys, moments and step counts.
+
+        ``optimizer`` is torch.optim.AdamW or transformers' AdamW (without ``amsgrad`` and ``maximize``, and with
+        ``correct_bias``), which keeps its own state; the form follows from which of the two it is. ``options``:
+        ``teacher``, ``momentum``, ``max_grad_norm``, ``shadows`` as for the class, and ``form``. With ``teacher`` the
+        step moves the teacher: do not call ``update_teacher`` as well.
+
+        Raises TypeError for another kind of optimizer, ValueError for a setting that this one has not.
+        """
+        first = optimizer.param_groups[0] if getattr(optimizer, "param_groups", None) else {}
+        kinds = {"hf": "correct_bias" in first, "torch": "decoupled_weight_decay" in first or "amsgrad" in first}
+        adamw = isinstance(optimizer, torch.optim.AdamW) or (type(optimizer).__name__ == "AdamW" and any(kinds.values()))
+        if not adamw:
+            _checks.fail(f"{_OP}.from_optimizer", "optimizer", "torch's or transformers' AdamW", optimizer, TypeError)
+        for i, group in enumerate(optimizer.param_groups):
+            for name, wanted in (("correct_bias", True), ("amsgrad", False), ("maximize", False)):
+                if group.get(name, wanted) != wanted:
+                    _checks.fail(f"{_OP}.from_optimizer", f"{name} of group {i}", str(wanted), group[name])
+        options.setdefault("form", "hf" if kinds["hf"] else "torch")
+        made = cls([dict(group) for group in optimizer.param_groups], **options)
+        made.load_state_dict(optimizer.state_dict())
+        return made
+
     def _pair(self, params: Sequence[Tensor], teachers: Sequence[Tensor | None]) -> None:
         if len(params) != len(teachers):
             raise ValueError(f"{_OP}: teacher must have one entry per parameter ({len(params)}), got {len(teachers)}")

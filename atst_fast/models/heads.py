@@ -30,7 +30,7 @@ class Head(nn.Sequential):
         norm = self[1]
         plain = norm.training and norm.affine and norm.momentum is not None
         if plain and (type(norm) is nn.BatchNorm1d or type(norm) is nn.SyncBatchNorm):
-            return self[3](_batch_norm_relu(norm, self[0](x), count))
+            return self[3](batch_norm_relu(norm, self[0](x), count))
         if norm.training and count is not None:
             raise ValueError(f"Head: {norm} takes no count: its statistics would be those of the padding too")
         return super().forward(x)
@@ -68,7 +68,9 @@ class LinearHead(nn.Module):
         return self.linear(x)
 
 
-def _batch_norm_relu(norm: nn.BatchNorm1d | nn.SyncBatchNorm, x: Tensor, count: Tensor | None) -> Tensor:
+def batch_norm_relu(norm: nn.BatchNorm1d | nn.SyncBatchNorm, x: Tensor, count: Tensor | None = None) -> Tensor:
+    """``relu(norm(x))`` of ``[M, D]`` in training, with what it does to the running statistics of ``norm``, which has
+    weight, bias and a momentum."""
     assert norm.momentum is not None  # the caller's condition
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
