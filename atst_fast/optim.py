@@ -136,8 +136,8 @@ class AdamWEMA(torch.optim.Optimizer):
         """
         first = optimizer.param_groups[0] if getattr(optimizer, "param_groups", None) else {}
         kinds = {"hf": "correct_bias" in first, "torch": "decoupled_weight_decay" in first or "amsgrad" in first}
-        adamw = isinstance(optimizer, torch.optim.AdamW) or (type(optimizer).__name__ == "AdamW" and any(kinds.values()))
-        if not adamw:
+        named = type(optimizer).__name__ == "AdamW" and any(kinds.values())
+        if not (named or isinstance(optimizer, torch.optim.AdamW)):
             _checks.fail(f"{_OP}.from_optimizer", "optimizer", "torch's or transformers' AdamW", optimizer, TypeError)
         for i, group in enumerate(optimizer.param_groups):
             for name, wanted in (("correct_bias", True), ("amsgrad", False), ("maximize", False)):

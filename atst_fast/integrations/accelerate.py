@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,11 +101,16 @@ def accelerate(
     restore(model)
     search = _Search(flags)
     # names of modules before anything is swapped; a module that occurs twice has one name and is swapped once
-    named = list(model.named_modules())
+    named = []
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            named.append((name, module))
+        elif not isinstance(_parent(model, name), torch.jit.ScriptModule):
+            search.entries.append(Entry(name, "module", False, "it is TorchScript"))
     for kind in (search.block, search.attention, search.encoder, search.head, search.loss, search.teacher):
         for name, module in named:
             kind(name, module)
-    order = {name: i for i, (name, _) in enumerate(named)}
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return Report(sorted(search.entries, key=lambda entry: order[entry.name]))
 
 
@@ -134,6 +140,10 @@ def accelerated(model: nn.Module, **flags: bool) -> Iterator[Report]:
         yield report
     finally:
         restore(model)
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module | None:
+    return at(model, name.rpartition(".")[0]) if name else None
 
 
 def _check_module(function: str, model: nn.Module) -> None:
@@ -256,7 +266,7 @@ def _find_attention(module: nn.Module) -> tuple:
     return FusedAttention, plan
 
 
-def _find_head(module: nn.Sequential) -> tuple:
+def _find_head(module: Any) -> tuple:
     check_head(module)
     copied = probe.replica(module).train()
     other = probe.replica(module).train()
@@ -289,7 +299,8 @@ def _form(result: object) -> int:
 
 def _compare(copied: nn.Module, mixin, plan, args: tuple, kwargs: dict, fixed: bool = False) -> None:
     """Raise `Unlike` unless the fused forward of a replica gives what its own gives, the same draws included."""
-    for seed in (0, 1) if copied.training and plan.roles.drops else (0,):
+    drops = copied.training and bool(plan.roles.drops)
+    for seed in (0, 1) if drops else (0,):
         want = probe.run(copied, *args, seed=seed, **kwargs)
         swap(copied, mixin, plan)
         if fixed:
@@ -299,13 +310,13 @@ def _compare(copied: nn.Module, mixin, plan, args: tuple, kwargs: dict, fixed: b
         finally:
             vars(copied).pop("fixed_shapes", None)
             unswap(copied)
-        probe.compare("what it computes", want, got, probe.PROBE_FACTORS_RTOL if fixed else probe.PROBE_RTOL)
+        probe.compare("what it computes", want, got, probe.PROBE_FACTORS_RTOL if drops else probe.PROBE_RTOL)
 
 
-def _compare_encoder(module: nn.Module, kind: str | None, mixin: type[FusedEncoder], plan: EncoderPlan) -> None:
+def _compare_encoder(module: Any, kind: str | None, mixin: type[FusedEncoder], plan: EncoderPlan) -> None:
     """The same of a whole encoder, of which the first and the last block do."""
-    blocks = list(module.blocks)  # type: ignore[arg-type]
-    blocks = nn.ModuleList(probe.replica(b) for b in (blocks[:1] + blocks[1:][-1:]))
+    depth = len(module.blocks)
+    blocks: Any = nn.ModuleList(probe.replica(module.blocks[i]) for i in sorted({0, depth - 1}) if i >= 0)
     copied = probe.replica(module, {id(module.blocks): blocks})
     generator = torch.Generator("cpu").manual_seed(1)
     ph, pw = (int(getattr(module.patch_embed, side)) for side in ("patch_height", "patch_width"))
@@ -327,7 +338,8 @@ def _compare_encoder(module: nn.Module, kind: str | None, mixin: type[FusedEncod
                 swap(b, *rest)
             swap(copied, mixin, plan)
             try:
-                for fixed, rtol in ((False, probe.PROBE_RTOL), (True, probe.PROBE_FACTORS_RTOL)):
+                rtol = probe.PROBE_FACTORS_RTOL if training else probe.PROBE_RTOL
+                for fixed in (False, True):
                     vars(copied)["fixed_shapes"] = fixed
                     got = _results(copied, mel, length, mask, masked, calls)
                     probe.compare("what it computes", wanted, got, rtol)
@@ -336,8 +348,8 @@ def _compare_encoder(module: nn.Module, kind: str | None, mixin: type[FusedEncod
                 unswap(copied)
 
 
-def _results(encoder: nn.Module, mel: Tensor, length: Tensor, mask: Tensor, masked: bool, calls: list[dict]) -> list:
-    prepared = probe.run(encoder.prepare_tokens, mel, mask, length, masked)  # type: ignore[operator]
+def _results(encoder: Any, mel: Tensor, length: Tensor, mask: Tensor, masked: bool, calls: list[dict]) -> list:
+    prepared = probe.run(encoder.prepare_tokens, mel, mask, length, masked)
     return [prepared, *(probe.run(encoder, mel, length=length, **call) for call in calls)]
 
 

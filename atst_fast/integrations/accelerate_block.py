@@ -31,7 +31,7 @@ class BlockPlan(NamedTuple):
     masked: bool
 
 
-def plain(linear: nn.Module) -> bool:
+def plain(linear: Any) -> bool:
     """Whether a linear layer's weight may be read: no subclass, no hook, no distributed or quantised tensor."""
     return isinstance(linear, nn.Linear) and is_plain(linear) and type(linear.weight) in (nn.Parameter, Tensor)
 
@@ -47,29 +47,34 @@ def token_lengths(length: Tensor, tokens: int) -> Tensor:
     return torch.where(length <= 0, tokens, length).clamp(max=tokens)
 
 
-def packed_qkv(module: nn.Module, roles: Roles, x: Tensor, rows: tuple = (None, None)) -> tuple[Tensor, Tensor] | Tensor:
-    """Queries, keys and values of ``x`` side by side; or with ``rows`` (two functions that take rows of ``[B*L, D]``)
-    queries of the first, and keys and values of the second."""
+def _joined(layers: list[Any]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the layers side by side."""
+    if len(layers) == 1:
+        return layers[0].weight, layers[0].bias
+    weight = torch.cat([layer.weight for layer in layers])
+    if all(layer.bias is None for layer in layers):
+        return weight, None
+    zeros = (weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers)
+    return weight, torch.cat(list(zeros))
+
+
+def packed_qkv(module: nn.Module, roles: Roles, x: Tensor) -> Tensor:
+    """Queries, keys and values of ``x`` side by side."""
     layers = [at(module, path) for path in roles.qkv]
+    if all(map(plain, layers)):
+        return F.linear(x, *_joined(layers))
+    return layers[0](x) if len(layers) == 1 else torch.cat([layer(x) for layer in layers], -1)
+
+
+def selected_qkv(module: nn.Module, roles: Roles, x: Tensor, select: Selection | FixedRows) -> tuple[Tensor, Tensor]:
+    """Of ``x`` ``[B*L, D]`` the queries of the selected rows; keys and values of those they attend to."""
+    layers, sizes = [at(module, path) for path in roles.qkv], [roles.dim, 2 * roles.dim]
     if not all(map(plain, layers)):
-        y = torch.cat([layer(x) for layer in layers], -1) if len(layers) > 1 else layers[0](x)
-        if rows[0] is None:
-            return y
-        q, kv = y.split([roles.dim, 2 * roles.dim], -1)
-        return rows[0](q), rows[1](kv)
-    weight, bias = layers[0].weight, layers[0].bias
-    if len(layers) > 1:
-        weight = torch.cat([layer.weight for layer in layers])  # type: ignore[misc]
-        biases = [layer.bias for layer in layers]
-        if any(b is None for b in biases):  # some have none: zeros
-            biases = [weight.new_zeros(roles.dim) if b is None else b for b in biases]
-        bias = None if all(layer.bias is None for layer in layers) else torch.cat(biases)  # type: ignore[arg-type]
-    if rows[0] is None:
-        return F.linear(x, weight, bias)  # type: ignore[arg-type]
-    sizes = [roles.dim, 2 * roles.dim]
-    weights = weight.split(sizes)  # type: ignore[operator]
-    biases = (None, None) if bias is None else bias.split(sizes)  # type: ignore[operator]
-    return F.linear(rows[0](x), weights[0], biases[0]), F.linear(rows[1](x), weights[1], biases[1])
+        q, kv = packed_qkv(module, roles, x).split(sizes, -1)
+        return select.take_queries(q), select.take_keys(kv)
+    weight, bias = _joined(layers)
+    (weight_q, weight_kv), (bias_q, bias_kv) = weight.split(sizes), (None, None) if bias is None else bias.split(sizes)
+    return F.linear(select.take_queries(x), weight_q, bias_q), F.linear(select.take_keys(x), weight_kv, bias_kv)
 
 
 def attend(
@@ -87,13 +92,10 @@ def attend(
     if select is None:
         qkv = packed_qkv(module, roles, x)
         return ops.frame_attention(qkv, heads, lengths=length, scale=scale, padded_queries=queries)
-    flat = x.flatten(0, 1)
-    q, kv = packed_qkv(module, roles, flat, (select.take_queries, select.take_keys))
+    q, kv = selected_qkv(module, roles, x.flatten(0, 1), select)
     offsets = select.offsets(x.device)
     longest = select.length
-    return ops.frame_attention_packed(
-        q, kv, *offsets, heads, max_seqlen_q=longest, max_seqlen_k=longest, scale=scale
-    )
+    return ops.frame_attention_packed(q, kv, *offsets, heads, max_seqlen_q=longest, max_seqlen_k=longest, scale=scale)
 
 
 class FusedBlock(Fused):
@@ -265,7 +267,7 @@ class FusedAttention(Fused):
     def forward(self, *args, **kwargs):
         roles, call, form = self.plan
         given = call.bind(args, kwargs)
-        x = given.pop(call.names[0], None) if given is not None else None
+        x: Any = given.pop(call.names[0], None) if given is not None else None
         ready = isinstance(x, Tensor) and x.dim() == 3 and 0 not in x.shape and x.dtype in _DTYPES and not given
         if not ready or any(hooked(at(self, p)) or _drops(at(self, p)) for p in roles.dropouts):
             return super().forward(*args, **kwargs)

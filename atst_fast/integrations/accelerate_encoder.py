@@ -1,6 +1,6 @@
 """The fused forward of audiossl's two encoders, FrameAST and AST."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,13 +79,13 @@ class FusedEncoder(Fused):
         ph, pw = self.patch_embed.patch_height, self.patch_embed.patch_width
         if x.dim() != 4 or x.shape[1] != 1 or x.shape[2] < ph or x.shape[3] < pw or not len(x):
             return False
-        if x.dtype != layer.weight.dtype or x.shape[2] // ph != 1 and self.plan.kind is nn.Conv2d:
+        if x.dtype != layer.weight.dtype or (x.shape[2] // ph != 1 and self.plan.kind is nn.Conv2d):
             return False
         if self._positions(x, self._patches(x)) is None:
             return False
         return mask is None or (mask.dtype == torch.bool and mask.shape == (len(x), self._patches(x)))
 
-    def _positions(self, x: Tensor, tokens: int) -> Tensor | None:
+    def _positions(self, x: Tensor, tokens: int) -> Any:
         """The positions ``[1, ., D]`` as the official code reads them; None where it would fail."""
         raise NotImplementedError
 
@@ -113,13 +113,13 @@ class FusedEncoder(Fused):
     def _patches(self, x: Tensor) -> int:
         return (x.shape[2] // self.patch_embed.patch_height) * (x.shape[3] // self.patch_embed.patch_width)
 
-    def _patch_length(self, x: Tensor, length: Tensor | None) -> Tensor | None:
+    def _patch_length(self, x: Tensor, length: Tensor | None) -> Any:
         if length is None:
             return None
         ph, pw = self.patch_embed.patch_height, self.patch_embed.patch_width
         return (x.shape[2] // ph) * ((length - length % pw) // pw)
 
-    def _prepared(self, x, mask_index, length, mask) -> tuple[Tensor, Tensor | None]:
+    def _prepared(self, x, mask_index, length, mask) -> tuple[Tensor, Any]:
         """Tokens and their valid number per clip, by either embedding."""
         if self._embeds(x, mask_index if mask else None):
             return self._embed(x, mask_index if mask else None)[0], self._patch_length(x, length)
@@ -134,7 +134,9 @@ class FusedEncoder(Fused):
             return False
         width = self.pos_embed.new_empty(1, 1, self.pos_embed.shape[-1])
         blocks = list(self.blocks)
-        return all(isinstance(b, FusedBlock) and not hooked(b) and b.plan.call.length and b.fuses(width) for b in blocks)
+        return all(
+            isinstance(b, FusedBlock) and not hooked(b) and b.plan.call.length and b.fuses(width) for b in blocks
+        )
 
     def _rows(self, x: Tensor, length: Tensor, read: Tensor, norm: nn.Module, count: int, full: bool) -> Tensor:
         """The ``count`` tokens under ``read`` bool ``[B, L]`` after the blocks and the norm. ``full``: whether it is
@@ -202,5 +204,7 @@ class FusedClipEncoder(FusedEncoder):
         tokens, patches = self._prepared(x, mask_index, length, True)
         read = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         read[:, 0] = True
-        full = not x.is_cuda and bool((patches >= tokens.shape[1] - 1).all())
+        # a GPU would be waited for, and a compiler would break its graph
+        counts = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        full = counts and bool((patches >= tokens.shape[1] - 1).all())
         return self._rows(tokens, patches + 1, read, self.norm, len(x), full)

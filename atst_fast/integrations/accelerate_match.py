@@ -1,7 +1,7 @@
 """The roles of the layers of a pre-norm transformer block, found by their kinds, shapes and order."""
 
 import inspect
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ class Call(NamedTuple):
     def of(cls, module: nn.Module) -> "Call":
         """Of the module's forward: every parameter but the first and the length must have None or False as default, or
         be one that can be left out so."""
-        names, length = [], None
+        names: list[str] = []
+        length = None
         for p in list(inspect.signature(type(module).forward).parameters.values())[1:]:
             if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
                 continue
@@ -69,9 +70,10 @@ class Roles(NamedTuple):
     watched: tuple[str, ...]  # modules that are not called: none may have a hook
 
 
-def at(module: nn.Module, path: str) -> nn.Module:
-    for name in path.split("."):
-        module = getattr(module, name) if name else module
+def at(module: nn.Module, path: str) -> Any:
+    """The module of that dotted name; "" is ``module`` itself."""
+    for name in path.split(".") if path else ():
+        module = getattr(module, name)
     return module
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 # of the largest value: rounding of float64 is 1e-16, another formula far more than this (GELU by tanh: 1e-4)
 PROBE_RTOL = 1e-9
-# Where shapes are fixed, the factors of stochastic depth are float32, whatever the rest is.
+# The factors of stochastic depth may be float32, whatever the rest is.
 PROBE_FACTORS_RTOL = 2e-7
 _HOOKS = (
     "_forward_hooks",
@@ -111,7 +111,7 @@ def described(module: nn.Module) -> tuple:
     """What two modules of the same behaviour have in common: classes, numbers and shapes all the way down."""
     rows = []
     for name, child in module.named_modules():
-        plain = []
+        plain: list[tuple] = []
         for key, value in sorted(vars(child).items()):
             if key in _OF_EVERY_MODULE:
                 continue

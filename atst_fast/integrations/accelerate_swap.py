@@ -7,21 +7,35 @@ did, and ``torch.compile``, which guards on classes, notices.
 """
 
 import copyreg
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
+if TYPE_CHECKING:
 
-class Fused:
+    class _Host(nn.Module):
+        """What a mixin finds in the module that it is mixed into."""
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __iter__(self) -> Any: ...
+        def prepare_tokens(self, *args: Any) -> Any: ...
+        def update_teacher(self, m: Any) -> Any: ...
+
+else:
+    _Host = object
+
+
+class Fused(_Host):
     """Base of the mixins. ``plan``: what is known about the module, hashable, a constant of its new class."""
 
     plan: Any = None
-    original: type | None = None
+    original: Any = None
+    mixin: Any = None
 
     def __reduce_ex__(self, protocol):
         # The new class cannot be found by its name; what it is made of can.
-        made, args, *rest = super().__reduce_ex__(max(int(protocol), 2))
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        made, args, *rest = reduced
         if made is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return (made, args, *rest)
         cls = type(self)
@@ -52,8 +66,6 @@ def swap(module: nn.Module, mixin: type[Fused], plan: Any) -> None:
 
 def obstacle(module: nn.Module) -> str | None:
     """Why the class of this module cannot be replaced, or None."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is TorchScript"
     if "forward" in vars(module):
         return "its forward has been replaced on the instance"
     return None
@@ -74,7 +86,5 @@ def unswap(module: nn.Module) -> bool:
         raise RuntimeError(
             f"restore: the class of a fused module was replaced again, by {name}: undo what did that first"
         )
-    original = type(module).original
-    assert original is not None  # fused_class has set it
-    module.__class__ = original
+    module.__class__ = type(module).original
     return True

@@ -1,7 +1,7 @@
 """The fused parts around the encoders: heads, loss, teacher update."""
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ def is_head(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and len(kinds) == 4 and kinds[1] in _NORMS and kinds[2] is nn.ReLU
 
 
-def check_head(module: nn.Sequential) -> None:
+def check_head(module: Any) -> None:
     """Raise `Unknown` where the fused forward is not what this head does."""
     for i in (0, 3):
         if not hasattr(module[i], "in_features"):
@@ -109,7 +109,7 @@ class FusedLoss(Fused):
 
 def loss_views(module: nn.Module) -> bool | None:
     """Of a loss of two outputs: whether it compares across views; None if this is no such module."""
-    if list(module.children()) or list(module.parameters()) or list(module.buffers()):
+    if any(True for things in (module.children(), module.parameters(), module.buffers()) for _ in things):
         return None
     settings = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
     if set(settings) == {"symmetric"}:
@@ -159,10 +159,8 @@ class FusedTeacher(Fused):
     def update_teacher(self, m):
         student, teacher = teacher_lists(self)
         tensors = [*student, *teacher]
-        like = tensors[0] if tensors else None
-        usual = all(
-            type(t) in (nn.Parameter, Tensor) and t.dtype == torch.float32 and t.is_contiguous() and t.device == like.device
-            for t in tensors
+        usual = len({t.device for t in tensors}) == 1 and all(
+            type(t) in (nn.Parameter, Tensor) and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
         )
         momentum = m if isinstance(m, Tensor) else float(m)
         if not usual or len(student) != len(teacher) or not isinstance(momentum, float) or not 0 <= momentum <= 1:
@@ -171,13 +169,13 @@ class FusedTeacher(Fused):
         return None
 
 
-def teacher_lists(system: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def teacher_lists(system: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Parameters of encoder and projector, of the student and of the teacher."""
     student, teacher = (
         [p for part in ("encoder", "projector") for p in getattr(network, part).parameters()]
         for network in (system.student, system.teacher)
     )
-    return student, teacher  # type: ignore[return-value]
+    return student, teacher
 
 
 def is_system(module: nn.Module) -> bool:

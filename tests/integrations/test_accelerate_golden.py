@@ -1,11 +1,9 @@
 """Stand-ins of the official classes, plain and accelerated, against the golden cases and against each other."""
 
-import copy
-
 import pytest
 import torch
 
-from atst_fast.integrations.accelerate import accelerate, restore
+from atst_fast.integrations.accelerate import accelerate
 from tests.golden import assert_golden, load
 from tests.integrations.standins.audiossl_systems import ATST, FrameATST, LightningShaped
 from tests.tolerances import GOLDEN_CHECKSUM, GOLDEN_LOSS_RTOL

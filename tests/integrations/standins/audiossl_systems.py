@@ -73,13 +73,13 @@ class MultiCropWrapper(nn.Module):
         self.projector = build_mlp(2, embed_dim, hidden, out)
         self.predictor = build_mlp(2, out, hidden, out) if predictor else nn.Identity()
 
-    def forward(self, x, length, *lists, **more):
+    def forward(self, x, length, mask=None, mask_input=None):
         widths = torch.tensor([view.shape[-1] for view in x])
         ends = torch.unique_consecutive(widths, return_counts=True)[1].cumsum(0).tolist()
         output, start = torch.empty(0, device=x[0].device), 0
         for end in ends:
-            masks = {"mask_index": torch.cat(m[start:end]) for m in lists}
-            y = self.encoder(torch.cat(x[start:end]), length=torch.cat(length[start:end]), **masks, **more)
+            masks = {} if mask is None else {"mask_index": torch.cat(mask[start:end]), "mask_input": mask_input}
+            y = self.encoder(torch.cat(x[start:end]), length=torch.cat(length[start:end]), **masks)
             output, start = torch.cat((output, y)), end
         return self.predictor(self.projector(output))
 
@@ -167,4 +167,4 @@ class LightningShaped(nn.Module):
         self.optimizer.step()
         self.global_step += 1
         self.model.update_teacher(self.ema_scheduler[min(self.global_step, len(self.ema_scheduler) - 1)])
-        return [float(x) for x in outputs]
+        return [x.item() for x in outputs]
