@@ -45,9 +45,9 @@ __all__ = [
     "nn",
     "ops",
     "optim",
-    "save_checkpoint",
     "restore",
     "restore_transforms",
+    "save_checkpoint",
 ]
 # name -> the module that it is imported from
 _HOMES = {
