@@ -7,12 +7,12 @@ import torch
 
 from atst_fast.models import FrameEncoder
 from atst_fast.optim import AdamWEMA
-from atst_fast.train.front_end import FrontEnd, FrontEndBatch
+from atst_fast.train.front_end import ClipBatch, FrontEnd, FrontEndBatch
 from atst_fast.train.step import make_optimizer, train_step
 from tests import tolerances
 from tests.conftest import needs_gpu
 from tests.golden import load
-from tests.golden.systems import frame_step
+from tests.golden.systems import clip_step, frame_step
 from tests.models.test_atst_frame import both, random_batch
 
 pytestmark = [
@@ -53,12 +53,19 @@ def test_an_encoder_reads_padded_clips_wherever_their_lengths_are():
             near(gpu(mel.cuda(), lengths.to(where)), expected, f"lengths on {where}")
 
 
-def test_five_steps_are_those_of_the_official_code():
-    t, meta = load("frame_step5")
-    model, schedules = frame_step()
+@pytest.mark.parametrize(
+    "name, system, batch_of, keys",
+    [
+        ("frame_step5", frame_step, FrontEndBatch, ("mel0", "mel1", "len0", "mask0")),
+        ("clip_step5", clip_step, ClipBatch, ("mel0", "mel1", "len0", "len1")),
+    ],
+)
+def test_five_steps_are_those_of_the_official_code(name, system, batch_of, keys):
+    t, meta = load(name)
+    model, schedules = system()
     optimizer, losses = make_optimizer(model.cuda(), schedules), []
     for step in range(5):
-        batch = FrontEndBatch(*(t[f"in/step{step}/{k}"].cuda() for k in ("mel0", "mel1", "len0", "mask0")))
+        batch = batch_of(*(t[f"in/step{step}/{k}"].cuda() for k in keys))
         losses.append(train_step(model, optimizer, schedules, batch, step).loss.item())
     assert losses == pytest.approx(t["out/loss"].tolist(), rel=tolerances.GOLDEN_LOSS_RTOL)
     state = model.state_dict()

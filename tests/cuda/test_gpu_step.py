@@ -17,13 +17,14 @@ pytestmark = needs_gpu
 CUDA = torch.device("cuda")
 
 
+@pytest.mark.parametrize("method", ["frame", "clip"])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_a_graph_gives_the_bits_of_the_plain_step(precision):
+def test_a_graph_gives_the_bits_of_the_plain_step(precision, method):
     """Also of the random numbers, and after a batch of another shape."""
     shapes = [8] * (WARM_UP + 3) + [5] + [8] * 3
     outcomes = []
     for graph in (None, CudaGraph(CUDA)):
-        step = tiny.stepper(precision, device=CUDA, graph=graph)
+        step = tiny.stepper(precision, method=method, device=CUDA, graph=graph)
         results = [step(tiny.clips(20 + k, batch).cuda(), 20 + k) for k, batch in enumerate(shapes)]
         outcomes.append((torch.stack([torch.stack(r[:3]) for r in results]), step, torch.cuda.get_rng_state()))
     (expected, plain, rng), (ours, graphed, our_rng) = outcomes
@@ -33,10 +34,11 @@ def test_a_graph_gives_the_bits_of_the_plain_step(precision):
     assert_same_state(graphed, plain)
 
 
+@pytest.mark.parametrize("method", ["frame", "clip"])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("graphed", [False, True])
-def test_nothing_waits_for_the_gpu(precision, graphed):
-    step = tiny.stepper(precision, device=CUDA, graph=CudaGraph(CUDA) if graphed else None)
+def test_nothing_waits_for_the_gpu(precision, graphed, method):
+    step = tiny.stepper(precision, method=method, device=CUDA, graph=CudaGraph(CUDA) if graphed else None)
     waveforms = [tiny.clips(k).pin_memory() for k in range(3)]
     for k in range(WARM_UP + 1):
         step(waveforms[0], k)
@@ -70,7 +72,13 @@ def test_bf16_follows_float32():
     torch.testing.assert_close(*windows, rtol=tolerances.BF16_CURVE_RTOL, atol=0)
 
 
-def test_pretraining_with_and_without_a_graph(tmp_path):
+@pytest.mark.parametrize("method", ["frame", "clip"])
+def test_bf16_begins_as_float32_does_in_atst_clip():
+    float32, bf16 = (tiny.curve(tiny.stepper(p, method="clip", device=CUDA), 20) for p in ("float32", "bf16"))
+    torch.testing.assert_close(bf16, float32, rtol=tolerances.BF16_STEP_RTOL, atol=0)
+
+
+def test_pretraining_with_and_without_a_graph(tmp_path, method):
     """The same bits, also of a run that stopped and went on."""
     pytest.importorskip("soundfile", reason="needs the extra train")
     from atst_fast.train import pretrain
@@ -78,7 +86,7 @@ def test_pretraining_with_and_without_a_graph(tmp_path):
     from tests.train.test_pretrain import assert_same_run, settings
 
     clips = write_clips(tmp_path / "clips")
-    with_graph = dataclasses.replace(settings(clips, tmp_path / "graph"), device="cuda")
+    with_graph = dataclasses.replace(settings(clips, tmp_path / "graph"), device="cuda", method=method)
     plain = dataclasses.replace(with_graph, out=tmp_path / "plain", graph=False)
     assert pretrain.pretrain(with_graph) == pretrain.pretrain(plain) == 0
     assert_same_run(with_graph, plain)

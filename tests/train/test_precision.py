@@ -24,6 +24,13 @@ def test_bf16_follows_the_loss_curve_of_float32():
     assert not torch.equal(bf16, float32)
 
 
+def test_bf16_begins_as_float32_does_in_atst_clip():
+    """Twenty steps: after them the weights of two runs whose views are warped that much are their own."""
+    float32, bf16 = (tiny.curve(tiny.stepper(p, method="clip"), 20) for p in ("float32", "bf16"))
+    torch.testing.assert_close(bf16, float32, rtol=tolerances.BF16_STEP_RTOL, atol=0)
+    assert not torch.equal(bf16, float32)
+
+
 def test_the_copies_are_the_rounded_masters_after_every_step():
     step = tiny.stepper("bf16")
     trainee = step.trainee
