@@ -18,7 +18,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "pretrain": Command("pretrain", "pretrain", "config", "PretrainConfig", "train ATST-Frame or ATST-Clip on a folder of audio"),
+    "pretrain": Command("pretrain", "pretrain", "config", "PretrainConfig", "train ATST-Frame or ATST-Clip on audio"),
     "pack": Command(
         "pack", "pack", "pack", "PackConfig", "turn a folder of audio into PCM shards, for fast training", True
     ),
