@@ -42,7 +42,7 @@ class LogMelSpectrogram(nn.Module):
             "f_max": f_max,
             "n_mels": n_mels,
             "top_db": top_db,
-            "minmax": minmax,
+            "minmax": None if minmax is None else tuple(minmax),
         }
         window, fb = make_tables(*self._settings)
         device = torch.get_default_device()
