@@ -84,9 +84,8 @@ def load_network(
         encoder = kind.from_config({"model": encoder_settings(config, weights, num_heads, source)})
     except CheckpointError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: its configuration describes no encoder ({error})") from error
-    front_end = front_end_settings(config, encoder.n_mels, source)
     words = f"{source}: {_described(network.role, encoder)}"
     extra = (*network.extra, *(layout.others if layout.name in STRICT else ()))
     load_weights(encoder, weights, words, network.prefix, extra)
@@ -94,7 +93,7 @@ def load_network(
     if broken:
         faults = Faults((), (), (), broken)
         raise CheckpointError(f"{words}, its heads: {faults}", faults)
-    return encoder, front_end
+    return encoder, front_end_settings(config, encoder.n_mels, source)
 
 
 def _check_arguments(which: str, pos_embed: str, max_frames: int | None, num_heads: int | None) -> None:

@@ -49,7 +49,7 @@ def encoder_settings(
 ) -> dict[str, Any]:
     """Arguments of the encoder that ``weights`` (names without prefix) are of."""
     if "model" in config:
-        return _own(config["model"], num_heads, source)
+        return _own(config["model"], weights, num_heads, source)
     said = _said(config)
     dim = _most(w.shape[0] for k, w in weights.items() if k.endswith(".norm1.weight") and w.dim() == 1)
     if not dim:
@@ -77,18 +77,22 @@ def front_end_settings(config: Mapping[str, Any], n_mels: int, source: object) -
     known = config.get("front_end", {k: said[k] for k in ("n_mels", "win_length") if said.get(k)})
     try:
         front_end = FRONT_END | {"n_mels": n_mels} | dict(known)
+        if front_end["n_mels"] != n_mels:
+            bands = f"{n_mels} mel bands in the encoder, {front_end['n_mels']} in the front end"
+            raise CheckpointError(f"{source}: its configuration contradicts itself: {bands}")
         if front_end["minmax"] is not None:
             front_end["minmax"] = tuple(front_end["minmax"])
+        if not isinstance(front_end["hop_length"], int) or front_end["hop_length"] < 1:
+            raise ValueError(f"hop_length {front_end['hop_length']!r}")
         LogMelSpectrogram(**front_end)
-    except (TypeError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: its configuration describes no front end ({error})") from error
-    if front_end["n_mels"] != n_mels:
-        bands = f"{n_mels} mel bands in the encoder, {front_end['n_mels']} in the front end"
-        raise CheckpointError(f"{source}: its configuration contradicts itself: {bands}")
     return front_end
 
 
-def _own(model: Any, num_heads: int | None, source: object) -> dict[str, Any]:
+def _own(model: Any, weights: Mapping[str, Tensor], num_heads: int | None, source: object) -> dict[str, Any]:
     """From a configuration that this package wrote."""
     try:
         settings = {k: v for k, v in model.items() if k not in _OF_SYSTEM}
@@ -96,7 +100,11 @@ def _own(model: Any, num_heads: int | None, source: object) -> dict[str, Any]:
         if num_heads is not None:
             arch = settings["arch"]
             settings["arch"] = {**(ARCHS[arch] if isinstance(arch, str) else arch), "num_heads": num_heads}
-    except (AttributeError, KeyError, TypeError) as error:
+        # more than the file can hold would take forever to build before that shows
+        depth = 0 if isinstance(settings["arch"], str) else settings["arch"]["depth"]
+        if depth > len(weights):
+            raise ValueError(f"{depth} blocks, and {len(weights)} tensors")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: its configuration describes no encoder ({error!r})") from error
     return settings
 

@@ -193,8 +193,9 @@ def test_heads_of_another_width(tmp_path):
         load_checkpoint(tmp_path / "a.pt", num_heads=5)
 
 
-def test_halves_become_float32(bare):
-    loaded = load_checkpoint(bare(lambda s: s.update({k: v.bfloat16() for k, v in s.items()})))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn])
+def test_other_precisions_become_float32(bare, dtype):
+    loaded = load_checkpoint(bare(lambda s: s.update({k: v.to(dtype) for k, v in s.items()})))
     assert {p.dtype for p in loaded.encoder.parameters()} == {torch.float32}
 
 
@@ -331,6 +332,46 @@ class TestRefusals:
         save_file(system.teacher.encoder.state_dict(), tmp_path / "a.safetensors", {"config": text})
         with pytest.raises(CheckpointError, match=rf"a\.safetensors: its configuration {message}"):
             load_checkpoint(tmp_path / "a.safetensors")
+
+    def test_sparse_tensors(self, bare):
+        """Their indices may point anywhere in a damaged file, so that nobody may read them."""
+        path = bare(lambda s: s.update({"blocks.0.mlp.fc1.weight": s["blocks.0.mlp.fc1.weight"].to_sparse()}))
+        with pytest.raises(CheckpointError, match=r"fc1\.weight sparse_coo, expected strided$") as error:
+            load_checkpoint(path)
+        assert error.value.misshapen == ("blocks.0.mlp.fc1.weight",)
+
+    def test_complex_tensors(self, bare):
+        path = bare(lambda s: s.update({"norm_frame.bias": s["norm_frame.bias"].to(torch.complex64)}))
+        with pytest.raises(CheckpointError, match=r"norm_frame\.bias complex64, expected float32"):
+            load_checkpoint(path)
+
+    @pytest.mark.parametrize(
+        "model, message",
+        [
+            ({"arch": {**SIZE, "depth": 10**9}}, "describes no encoder .*1000000000 blocks, and 28 tensors"),
+            ({"patch": [64, -4]}, "describes no encoder"),
+            ({"patch": 4}, "describes no encoder"),
+            ({"arch": None}, "describes no encoder"),
+            ({"n_mels": "many"}, "describes no encoder"),
+            ({"n_mels": 128}, "pos_embed"),
+        ],
+    )
+    def test_configurations_that_describe_no_encoder(self, system, tmp_path, model, message):
+        """Nor one that it would take forever to build."""
+        encoder = system.teacher.encoder
+        content = {"state_dict": encoder.state_dict(), "atst_fast": {"model": {**encoder.config, **model}}}
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match=rf"a\.pt: .*{message}"):
+            load_checkpoint(tmp_path / "a.pt")
+
+    @pytest.mark.parametrize("front_end", [3, {"n_mels": 10**9}, {"minmax": 1}, {"hop_length": "x"}, {"n_fft": 7}])
+    def test_front_ends_that_are_none(self, system, tmp_path, front_end):
+        torch.save(
+            {"state_dict": system.teacher.encoder.state_dict(), "atst_fast": {"front_end": front_end}},
+            tmp_path / "a.pt",
+        )
+        with pytest.raises(CheckpointError, match=r"a\.pt: its configuration (describes no front end|contradicts)"):
+            load_checkpoint(tmp_path / "a.pt")
 
     def test_a_front_end_that_is_none(self, system, tmp_path):
         lightning(tmp_path / "a.ckpt", prefixed("model.", system.state_dict()), HYPER | {"win_length": 5000})
