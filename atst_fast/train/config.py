@@ -57,9 +57,9 @@ class PretrainConfig:
     steps: int | None = None
     """training steps, instead of epochs"""
     batch_size: int = 64
-    """clips per step"""
+    """clips per step and process"""
     lr: float | None = None
-    """learning rate per 256 clips: the peak is lr * batch_size / 256; default: the published recipe"""
+    """learning rate per 256 clips: the peak is lr * processes * batch_size / 256; default: the published recipe"""
     final_lr: float = 1e-6
     """learning rate at the end of the cosine"""
     warmup_steps: int | None = None
@@ -181,8 +181,9 @@ def _check_masks(config: PretrainConfig) -> None:
         raise UserError(f"--mask-ratio and --mask-len ask for {spans} spans; a clip of {patches} patches has no room")
 
 
-def resolve(config: PretrainConfig, batches_per_epoch: int) -> dict[str, Any]:
-    """Every setting as a plain value, the recipe's where the user gave none; ``peak_lr`` is scaled by the batch."""
+def resolve(config: PretrainConfig, batches_per_epoch: int, processes: int = 1) -> dict[str, Any]:
+    """Every setting as a plain value, the recipe's where the user gave none; ``peak_lr`` is scaled by the batch of all
+    processes."""
     recipe = RECIPES[config.method][config.arch]
     steps = config.steps
     if steps is None:
@@ -196,7 +197,8 @@ def resolve(config: PretrainConfig, batches_per_epoch: int) -> dict[str, Any]:
         "epochs": steps / batches_per_epoch,
         "steps": steps,
         "lr": lr,
-        "peak_lr": lr * config.batch_size / 256,
+        "processes": processes,
+        "peak_lr": lr * config.batch_size * processes / 256,
         "warmup_steps": warmup,
         "momentum": recipe.momentum if config.momentum is None else config.momentum,
         "clip_seconds": config.seconds[0],
@@ -205,7 +207,7 @@ def resolve(config: PretrainConfig, batches_per_epoch: int) -> dict[str, Any]:
 
 
 # What older runs did not write down, because they knew nothing else.
-FORMER = {"precision": "float32", "method": "frame", "positive_seconds": None}
+FORMER = {"precision": "float32", "processes": 1, "method": "frame", "positive_seconds": None}
 
 
 def conflicts(now: dict[str, Any], before: dict[str, Any], free: Collection[str] = FREE) -> list[str]:

@@ -101,7 +101,10 @@ def join(device: str) -> Iterator[World]:
     """
     given = [name for name in _VARIABLES if name in os.environ]
     if "RANK" not in given and "WORLD_SIZE" not in given:
-        yield World(pick_device(device))
+        own = pick_device(device)
+        if own.type == "cuda" and own.index is not None:
+            torch.cuda.set_device(own)
+        yield World(own)
         return
     if missing := [name for name in _VARIABLES if name not in given]:
         raise UserError(f"the environment has {', '.join(given)} but not {', '.join(missing)}: start it with torchrun")
@@ -109,7 +112,11 @@ def join(device: str) -> Iterator[World]:
     own = _own_device(device, local)
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
+    # torchrun's store outlives a restart: what the processes before have left there must not be taken for these ones'.
+    store, *_ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backends = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+    dist.init_process_group(backends, store=store, rank=rank, world_size=size)
     try:
         yield World(own, rank, size)
     finally:

@@ -135,6 +135,14 @@ class RunLog:
         self._collapsed = bool(low)
 
 
+class NoLog(contextlib.nullcontext[None]):
+    """In the place of RunLog where another process keeps the log."""
+
+    def advance(self) -> None: ...
+
+    def write(self, done: int, values: dict[str, float], shares: dict[str, float]) -> None: ...
+
+
 def read_log(log: Path) -> list[dict[str, Any]]:
     """The lines of a run's log.jsonl; half a line, which a full disk or a power cut leaves at its end, is left out."""
     rows = []

@@ -9,11 +9,13 @@ from atst_fast.train.views import Views
 
 
 class Method(NamedTuple):
-    """``title`` for people; ``front_end(settings, samples of each crop)``."""
+    """``title`` for people; ``front_end(settings, samples of each crop)``; ``unused``: whether the model has parameters
+    that no loss depends on."""
 
     title: str
     model: Callable[..., StudentTeacher]
     front_end: Callable[[dict[str, Any], Sequence[int]], Views]
+    unused: bool = False
 
 
 def _frame_views(s: dict[str, Any], samples: Sequence[int]) -> Views:
@@ -26,7 +28,7 @@ def _clip_views(s: dict[str, Any], samples: Sequence[int]) -> Views:
 
 METHODS = {
     "frame": Method("ATST-Frame", ATSTFrame, _frame_views),
-    "clip": Method("ATST-Clip", ATSTClip, _clip_views),
+    "clip": Method("ATST-Clip", ATSTClip, _clip_views, unused=True),
 }
 
 

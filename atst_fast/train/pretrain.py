@@ -1,6 +1,8 @@
 """``atst-fast pretrain``: the training loop of both methods, top to bottom."""
 
+import contextlib
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,11 @@ from atst_fast.train import checkpoint
 from atst_fast.train.audio import Problems
 from atst_fast.train.config import PretrainConfig, UserError, check, conflicts, resolve
 from atst_fast.train.data import Batches, Prefetcher, open_source
-from atst_fast.train.device import pick_device
+from atst_fast.train.distributed import World, join
 from atst_fast.train.files import explain, make_folder, only_one, write_atomically
 from atst_fast.train.graph import CudaGraph, Stepper
 from atst_fast.train.info import environment
-from atst_fast.train.logging import RunLog, Stopwatch
+from atst_fast.train.logging import NoLog, RunLog, Stopwatch
 from atst_fast.train.memory import keep_freed_memory
 from atst_fast.train.method import METHODS, build_front_end, build_model, mel_settings
 from atst_fast.train.precision import Trainee, pick_precision
@@ -26,23 +28,25 @@ from atst_fast.train.upload import upload
 
 
 def pretrain(config: PretrainConfig) -> int:
-    """Train, or go on training, as ``config`` says; returns the exit code: 0, or 128 + the signal that stopped it."""
+    """Train, or go on training, as ``config`` says; returns the exit code: 0, or 128 + the signal that stopped it.
+
+    Under ``torchrun`` this is one of several processes, each of which calls it with the same ``config``.
+    """
     check(config)
-    console = Console(stderr=True)
-    make_folder(config.out)
     keep_freed_memory()
-    with only_one(config.out):
-        return Run(config, console).train()
+    with join(config.device) as world:
+        make_folder(config.out)
+        with only_one(config.out) if world.first else contextlib.nullcontext():
+            world.wait()
+            return Run(config, world, Console(stderr=True, quiet=not world.first)).train()
 
 
 class Run:
     """Everything a run consists of; built from the configuration, then brought to where the last one stopped."""
 
-    def __init__(self, config: PretrainConfig, console: Console):
-        self.config, self.console = config, console
-        self.device = pick_device(config.device)
-        if self.device.index is not None and self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+    def __init__(self, config: PretrainConfig, world: World, console: Console):
+        self.config, self.world, self.console = config, world, console
+        self.device = world.device
         self.problems = Problems(lambda text: console.print(text, style="yellow", highlight=False, markup=False))
         source = open_source(config.data, config.workers, self.problems)
         self.batches = Batches(
@@ -52,16 +56,18 @@ class Run:
             config.seed,
             crops_per_clip=config.crops_per_clip,
             subset=config.subset,
+            rank=world.rank,
+            world=world.size,
         )
         self.clips = {"count": len(source.names), "sha256": self.batches.fingerprint()}
-        self.settings = resolve(config, self.batches.per_epoch)
+        self.settings = resolve(config, self.batches.per_epoch, world.size)
         self.settings |= {"clips": self.clips["sha256"], "precision": pick_precision(config.precision, self.device)}
         self.steps = self.settings["steps"]
 
         torch.manual_seed(config.seed)
         s = self.settings
         self.model = build_model(s, config.samples).to(self.device)
-        self.front_end = build_front_end(s, config.samples).to(self.device)
+        self.front_end = build_front_end(s | {"seed": world.seed(config.seed)}, config.samples).to(self.device)
         self.schedules = Schedules(
             steps=self.steps,
             lr=s["peak_lr"],
@@ -72,6 +78,9 @@ class Run:
             momentum=s["momentum"],
         )
         self.trainee = Trainee(self.model, self.schedules, s["precision"])
+        self.trainee.working = world.replicate(self.trainee.working, find_unused=METHODS[s["method"]].unused)
+        if not world.first:  # from here on, what is drawn is each process's own
+            torch.manual_seed(world.seed(config.seed))
         self.saved = {"model": self.model.config, "front_end": mel_settings(s), "settings": s, "clips": self.clips}
         self.done = 0  # steps
         self.last_saved: Path | None = None
@@ -86,13 +95,14 @@ class Run:
         self.describe()
         watch, log_every = Stopwatch(self.device), self.config.log_every
         gpu = self.device.type == "cuda"
-        graph = CudaGraph(self.device) if gpu and self.config.graph else None
+        # DistributedDataParallel in a graph has never been tried
+        graph = CudaGraph(self.device) if gpu and self.config.graph and self.world.size == 1 else None
         stepper = Stepper(self.front_end, self.trainee, self.schedules, graph=graph, watch=watch)
         bad = torch.full((), -1, device=self.device)  # the first step whose loss was not finite
-        log = RunLog(self.config.out, self.console, self.done, self.steps, self.config.batch_size)
+        log = self.log()
         prefetcher = Prefetcher(self.batches, self.done, self.steps, ahead=self.config.prefetch, pin=gpu)
         with stop_signals() as stopped, log, prefetcher as prepared:
-            batches, last = upload(prepared, self.device), False
+            batches, last, stop = upload(prepared, self.device), False, 0
             while not last:
                 with watch("data", host=True):
                     batch = next(batches)
@@ -100,23 +110,30 @@ class Run:
                 bad.masked_fill_((bad < 0) & ~out.loss.isfinite(), batch.step)
                 self.done += 1
                 log.advance()
-                last, save = self.done == self.steps or bool(stopped), self.done % self.config.save_every == 0
+                stop = self.world.vote(stopped[0] if stopped else 0)
+                last, save = self.done == self.steps or stop > 0, self.done % self.config.save_every == 0
                 if last or save or self.done % log_every == 0:
-                    self.check_finite(int(bad))
-                    diagnostics = {k: float(v) for k, v in zip(out._fields[:3], out[:3])}
-                    log.write(self.done, diagnostics | out.rates._asdict(), watch.shares())
+                    self.check_finite(self.world.largest(int(bad)))
+                    means = self.world.mean(torch.stack(out[:3])).tolist()
+                    log.write(self.done, dict(zip(out._fields, means)) | out.rates._asdict(), watch.shares())
                 if last or save:
                     with watch("save", host=True):
                         self.save()
         return farewell(
             self.console,
             self.problems,
-            stopped,
+            [signal.Signals(stop)] if stop else [],
             done=self.done,
             steps=self.steps,
             saved=self.last_saved,
             resume=self.config.resume,
         )
+
+    def log(self) -> RunLog | NoLog:
+        if not self.world.first:
+            return NoLog()
+        clips = self.config.batch_size * self.world.size
+        return RunLog(self.config.out, self.console, self.done, self.steps, clips)
 
     def resume(self) -> None:
         """Bring everything to where the checkpoint stands, if there is one to go on from."""
@@ -131,6 +148,7 @@ class Run:
         checkpoint.load_model(self.model, loaded.weights)
         self.trainee.rewrite()
         self.trainee.optimizer.load_state_dict(state["optimizer"])
+        state = checkpoint.load_state(path, self.world.rank) if self.world.rank else state
         self.front_end.load_state_dict(state["front_end"])
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
@@ -139,14 +157,16 @@ class Run:
 
     def describe(self) -> None:
         """Say what is about to run, and write it to config.json."""
+        if not self.world.first:
+            return
         s, out = self.settings, self.config.out
         record = self.saved | {"environment": environment(), "command": sys.argv}
         with explain(f"write {out / 'config.json'}"):
             write_atomically(out / "config.json", lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
-        title = METHODS[s["method"]].title
+        title, clips = METHODS[s["method"]].title, s["batch_size"] * s["processes"]
         self.console.print(
             f"{title} {s['arch']} on {self.device} in {s['precision']}: {self.clips['count']} clips, {self.steps} "
-            f"steps of {s['batch_size']} ({s['epochs']:.1f} epochs), peak lr {s['peak_lr']:.2e}; run: {out}",
+            f"steps of {clips} ({s['epochs']:.1f} epochs), peak lr {s['peak_lr']:.2e}; run: {out}",
             highlight=False,
             soft_wrap=True,
         )
@@ -156,13 +176,17 @@ class Run:
             raise UserError(f"step {self.done - 1}: weights are not finite any more; {kept(self.config.out)}")
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         state: dict[str, Any] = {
-            "optimizer": self.trainee.optimizer.state_dict(),
             "front_end": self.front_end.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": cuda,
         }
-        c = self.config
-        self.last_saved = checkpoint.save(c.out, self.done, self.model.state_dict(), state, self.saved, c.keep)
+        c, rank = self.config, self.world.rank
+        if rank:
+            checkpoint.save_share(c.out, self.done, rank, state)
+        self.world.wait()  # what the first process writes now completes the checkpoint
+        if not rank:
+            state["optimizer"] = self.trainee.optimizer.state_dict()
+            self.last_saved = checkpoint.save(c.out, self.done, self.model.state_dict(), state, self.saved, c.keep)
 
     def check_finite(self, step: int) -> None:
         if step >= 0:
