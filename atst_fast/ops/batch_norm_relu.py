@@ -98,9 +98,9 @@ def _move(running_mean: Tensor | None, running_var: Tensor | None, moments: Tens
 
 def _merged(moments: Tensor, group: "dist.ProcessGroup") -> Tensor:
     """The moments of the rows of all processes, by those of each: the same bits in all of them."""
-    gathered = moments.new_empty(dist.get_world_size(group) * 3, moments.shape[1])
-    dist.all_gather_into_tensor(gathered, moments, group=group)
-    n, mean, variance = gathered.unflatten(0, (-1, 3)).unbind(1)
+    gathered = moments.new_empty(dist.get_world_size(group), *moments.shape)
+    dist.all_gather(list(gathered), moments, group=group)
+    n, mean, variance = gathered.unbind(1)
     total = n.sum(0)
     share = n / total.clamp(min=1)
     # by their distances from one of them, so that nothing large cancels

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,7 @@ class World:
         """A seed of this process's own; the first one keeps ``seed``."""
         return (seed + 1_000_003 * self.rank) % 2**63
 
-    def replicate(self, model: nn.Module, *, find_unused: bool = False) -> nn.Module:
+    def replicate(self, model: Any, *, find_unused: bool = False) -> Any:
         """``model`` as it computes here, with gradients that are the mean of all processes', and statistics of the
         heads that are over the rows of all; ``find_unused``: there are parameters that no loss depends on.
 
@@ -48,7 +49,8 @@ class World:
         """
         if self.size == 1:
             return model
-        replica = DistributedDataParallel(model, find_unused_parameters=find_unused, **{_SYNC_BUFFERS: False})
+        options: dict[str, Any] = {_SYNC_BUFFERS: False, "find_unused_parameters": find_unused}
+        replica = DistributedDataParallel(model, **options)
         # After it has been wrapped: DistributedDataParallel refuses SyncBatchNorm on a CPU, where torch's own cannot
         # run. Here ops.batch_norm_relu does. The parameters stay the same objects.
         nn.SyncBatchNorm.convert_sync_batchnorm(replica.module)

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from atst_fast.models import ATSTClip
-from atst_fast.train import checkpoint
+from atst_fast.models.encoder import ARCHS
+from atst_fast.train import checkpoint, distributed, pretrain
 from atst_fast.train.config import UserError
 from atst_fast.train.distributed import World, join
 from tests.train.conftest import write_clips
-from tests.train.test_pretrain import PROGRAM, assert_same_run, but, command, final, settings
+from tests.train.test_pretrain import PROGRAM, SIZE, assert_same_run, but, command, final, settings
 from tests.train.tiny import assert_equal
 
 # Process 1 gets a SIGTERM after step 3, and kills itself after step 6, each once.
@@ -99,31 +100,32 @@ def test_a_run_goes_on_after_a_signal_and_a_death(whole, clips, tmp_path):
     assert_equal(*(checkpoint.load_state(checkpoint.find(c.out), 1) for c in (config, whole)), "of process 1")
 
 
+@pytest.mark.long
 def test_one_process_of_torchrun_is_a_plain_run(clips, tmp_path):
-    from atst_fast.models.encoder import ARCHS
-    from atst_fast.train import pretrain
-    from tests.train.test_pretrain import SIZE
-
+    config = but(settings(clips, tmp_path / "under"), steps=3)
+    plain = but(config, out=tmp_path / "plain")
     (tmp_path / "program.py").write_text(PROGRAM)
-    under = but(settings(clips, tmp_path / "under"), steps=3)
-    done = torchrun(under, tmp_path / "program.py", processes=1)
+    for done in (torchrun(config, tmp_path / "program.py", processes=1), subprocess.run(command(plain))):
+        assert done.returncode == 0, done.stderr
+    assert_same_run(config, plain)
+
+
+@pytest.mark.long
+def test_atst_clip_in_two_processes(clips, tmp_path):
+    """Its mask token belongs to no loss: nothing moves it, neither decay nor the teacher."""
+    config = but(settings(clips, tmp_path / "run"), method="clip", positive_seconds=0.6, steps=3)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = torchrun(config, tmp_path / "program.py")
     assert done.returncode == 0, done.stderr
-    plain = but(under, out=tmp_path / "plain")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as m:
-        m.setitem(ARCHS, "tiny", SIZE)
-        assert pretrain.pretrain(plain) == 0
-    torch.set_num_threads(threads)
-    for ours, theirs in zip(final(under), final(plain)):
-        assert_equal(ours, theirs, "one process")
+    weights, _ = final(config)
+    pair = [weights[f"model.{who}.encoder.mask_embed"] for who in ("student", "teacher")]
+    assert torch.equal(*pair)
 
 
-def test_another_number_of_processes_is_another_run(whole):
-    """The one line that says so, before anything is touched."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, *command(whole)[3:]], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "processes: 1 now, 2 before" in done.stderr
+def test_another_number_of_processes_is_another_run(whole, monkeypatch):
+    monkeypatch.setitem(ARCHS, "tiny", SIZE)
+    with pytest.raises(UserError, match="processes: 1 now, 2 before"):
+        pretrain.pretrain(whole)
 
 
 @pytest.mark.parametrize(
@@ -145,12 +147,10 @@ def test_errors(monkeypatch, environment, device, told):
 
 def test_gpus_under_torchrun(monkeypatch):
     """Each process has the GPU of its number; one that is named, or that is not there, is refused."""
-    from atst_fast.train import distributed
-
     monkeypatch.setattr(distributed, "pick_device", lambda name: torch.device(name))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert distributed._own_device("cuda", 1) == torch.device("cuda", 1)
-    with pytest.raises(UserError, match="--device must be auto, cpu or cuda under torchrun .*, got cuda:1"):
+    with pytest.raises(UserError, match=r"--device must be auto, cpu or cuda under torchrun .*, got cuda:1"):
         distributed._own_device("cuda:1", 0)
     with pytest.raises(UserError, match="--nproc-per-node must be at most 2, the GPUs of this machine"):
         distributed._own_device("cuda", 2)
