@@ -156,14 +156,14 @@ $(GPU_CHECKS): gpu-%: gpu-build
 		--error-exitcode 1 --target-processes all $(GPU_PY) -m pytest tests/cuda -m "gpu and sanitize" -rs --durations=5
 
 # In three parts, for peers are compiled: what works on samples and parameters, attention, and all else on tokens.
-GPU_BENCHES := $(wildcard benchmarks/gpu/bench_*.py)
-gpu-bench-samples: FILES = $(foreach op,log_mel kaldi_fbank augment ema,benchmarks/gpu/bench_$(op).py)
-gpu-bench-attention: FILES = benchmarks/gpu/bench_frame_attention.py
-gpu-bench-tokens: FILES = $(filter-out %_log_mel.py %_kaldi_fbank.py %_augment.py %_ema.py %_frame_attention.py %_step.py,$(GPU_BENCHES))
+SAMPLES := log_mel or kaldi_fbank or augment_views or ema
+gpu-bench-samples: ITEMS = $(SAMPLES)
+gpu-bench-attention: ITEMS = frame_attention
+gpu-bench-tokens: ITEMS = not ($(SAMPLES) or frame_attention)
 gpu-bench-ops: $(GPU_OPS)
 $(GPU_OPS): gpu-build
 	@echo "== operators on the GPU: $(@:gpu-bench-%=%)"
-	$(GPU) -m pytest $(FILES) --benchmark-enable $(if $(COMMIT),--commit $(COMMIT)) -rs
+	$(GPU) -m pytest benchmarks/bench_ops.py -m gpu -k "$(ITEMS)" --benchmark-enable $(if $(COMMIT),--commit $(COMMIT)) -rs
 	@$(GPU_PLOT)
 
 # One size at a time: torch.compile tunes the peer's kernels for minutes. What it found stays in its cache.

@@ -94,7 +94,7 @@ def augment(record: static.Record, pattern: str) -> float:
 
 PARAMETERS, CLIPS, FRAMES, FBANK_FRAMES = 86_000_000, 144, 1001, 998
 _BASE, _BATCH = {"size": "base", "provider": "atst_fast"}, {"size": "batch", "provider": "atst_fast"}
-_OPTIMIZER = "AdamWEMA", "test_adamw_ema", {**_BASE, "clip": False}
+_OPTIMIZER = "adamw_ema", "test_adamw_ema", {**_BASE, "form": "hf", "clip": False}
 WORK = [
     Work(
         "log_mel/log_mel_kernel<16>",
@@ -120,7 +120,7 @@ WORK = [
         CLIPS * 64 * FRAMES,
         12,
         augment,
-        measured=("augment", "test_augment", _BATCH),
+        measured=("augment_views", "test_augment_views", {**_BATCH, "push": False}),
     ),
     Work(
         "ema/ema_kernel",
@@ -128,7 +128,7 @@ WORK = [
         PARAMETERS,
         12,
         per(16, LDG_128=8, STG_128=4),
-        measured=("ema_update_", "test_ema_update", _BASE),
+        measured=("ema_update_", "test_ema_update_", _BASE),
     ),
     Work(
         "ema/adamw_kernel",

@@ -7,8 +7,8 @@ a batched product with each clip's matrix of bicubic weights.
 import torch
 from torch import nn
 
+from atst_fast.bench.cases.augment import taps
 from atst_fast.train.masks import block_mask
-from benchmarks.gpu.bench_augment import taps
 from benchmarks.official_front_end import mel_matrix
 
 LOW, HIGH = -79.6482, 50.6842

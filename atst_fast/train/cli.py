@@ -41,6 +41,9 @@ COMMANDS = {
     "probe": Command("probe", "probe", "probe", "ProbeConfig", "measure what a trained encoder has learned"),
     "inspect": Command("inspect", "inspect", "inspect", "InspectConfig", "what a checkpoint holds", True),
     "profile": Command("profile", "profile", "profile", "ProfileConfig", "show where the time of a training step goes"),
+    "bench": Command(
+        "bench", "bench", "bench", "BenchConfig", "measure the operators beside what one would call otherwise"
+    ),
     "info": Command("info", "info", "info", "InfoConfig", "who runs each operator here, and which versions"),
 }
 EXTRAS = {

@@ -23,11 +23,11 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from atst_fast.bench import machine, timing
 from atst_fast.train import synthetic
 from atst_fast.train.masks import block_mask, capacity
 from benchmarks import bench_step as cpu
-from benchmarks import machine, official, official_front_end, tuned, tuned_front_end
-from benchmarks.gpu import timing
+from benchmarks import official, official_front_end, tuned, tuned_front_end
 
 CLIPS = {"tiny": 2, "small": 256, "base": 144}
 PEAK = 989e12  # an H200's datasheet: bfloat16 products without sparsity

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from atst_fast.bench import machine, report, timing
 from atst_fast.models import ARCHS
 from atst_fast.nn.selection import FixedSelection
 from atst_fast.train.masks import block_mask, capacity
-from benchmarks import machine, report
-from benchmarks.gpu import timing
+from benchmarks.report import RESULTS
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,7 @@ def main() -> None:
         parser.error(f"there is no {', '.join(sorted(unknown))}; choose of {', '.join(CASES)}")
     machine.name_commit(arguments.commit)
     result = {"date": report.now(), **machine.describe_gpu(), "configurations": []}
-    gpu, path = timing.Cuda(), report.path_of(result)
+    gpu, path = timing.Cuda(), RESULTS / report.file_name(result)
     path = path.parent / "tune" / path.name
     for name in arguments.ops or CASES:
         for size in SIZES:

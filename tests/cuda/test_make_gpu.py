@@ -1,11 +1,14 @@
 """What `make gpu` would do, as far as that can be seen without one."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+from _pytest.mark.expression import Expression
 
+from atst_fast.bench.cases import OPERATORS
 from tests.cuda.static import CSRC, ROOT
 
 
@@ -56,8 +59,12 @@ def test_what_is_required_must_be_there(required, path, message):
 def test_steps_are_measured_one_size_after_the_other():
     said = dry_run("gpu-bench-step", "python3")
     assert said.index("bench_step.py -k small") < said.index("bench_step.py -k base")
-    benches = {path.name for path in (ROOT / "benchmarks" / "gpu").glob("bench_*.py")}
-    operators = dry_run("gpu-bench-ops", "python3")
-    assert {name for name in benches if f"benchmarks/gpu/{name} " in operators} == benches - {"bench_step.py"}
     assert "ProfileConfig(" in dry_run("gpu", "python3")
     assert "-m benchmarks.gpu.tune rows" in dry_run("gpu-tune OPS=rows", "python3")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_each_operator_is_measured_by_one_part(operator):
+    said = re.findall(r'bench_ops.py -m gpu -k "(.*?)"', dry_run("gpu-bench-ops", "python3"))
+    assert len(said) == 3
+    assert sum(Expression.compile(part).evaluate(lambda word, **_: word in f"test_{operator}") for part in said) == 1

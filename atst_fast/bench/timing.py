@@ -1,7 +1,9 @@
-"""Seconds that a call takes on a GPU, by CUDA events."""
+"""Seconds that a call takes: on a CPU by its clock, on a GPU by CUDA events."""
 
+import contextlib
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,8 @@ WARM_UP = 3
 ROUNDS = (11, 200)  # at least, at most
 REPLAYED = 20  # calls in one graph
 HEAD_START = 4_000_000  # cycles, some 2 ms
+SHORTEST = 1e-4  # seconds of a round on a CPU: shorter calls are timed several at once
+MOST = 1000  # at once
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,16 @@ class Stats:
     def of(cls, times: list[float]) -> "Stats":
         low, median, high = statistics.quantiles(times, n=4, method="inclusive")
         return cls(median, high - low, min(times), len(times))
+
+
+class Cpu:
+    """What a stopwatch needs of a CPU."""
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, begin: float, end: float) -> float:
+        return end - begin
 
 
 class Cuda:
@@ -70,6 +84,22 @@ def compiled(call: Callable) -> Callable:
     return torch.compile(call, dynamic=False)
 
 
+def repeated(call: Callable, cpu: Any, budget: float = 0.5) -> Stats:
+    """Calls one after the other, as in a loop: what fits into the caches stays there."""
+    for _ in range(WARM_UP):
+        begin = cpu.mark()
+        call()
+        last = cpu.seconds(begin, cpu.mark())
+    times = min(max(round(SHORTEST / max(last, 1e-9)), 1), MOST)
+
+    def several() -> None:
+        for _ in range(times):
+            call()
+
+    stats = _rounds(call if times == 1 else several, cpu, budget, lambda: None)
+    return Stats(stats.median / times, stats.iqr / times, stats.min / times, stats.rounds)
+
+
 def launched(call: Callable, gpu: Any, budget: float = 0.5) -> Stats:
     """Single calls, with nothing of theirs in the L2 cache: the GPU's time, as in a loop whose CPU runs ahead of it.
 
@@ -96,3 +126,14 @@ def _rounds(call: Callable, gpu: Any, budget: float, before: Callable) -> Stats:
     first = gpu.seconds(*once())
     rounds = min(max(int(budget / max(first, 1e-9)), ROUNDS[0]), ROUNDS[1])
     return Stats.of([gpu.seconds(*span) for span in [once() for _ in range(rounds)]])
+
+
+@contextlib.contextmanager
+def on_threads(number: int) -> Iterator[None]:
+    """torch's threads on a CPU, for as long as it lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

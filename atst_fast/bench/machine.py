@@ -6,7 +6,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 import atst_fast
-from benchmarks.gpu import timing
+from atst_fast.bench import timing
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 _CODE = {".py", ".cpp", ".h", ".cu", ".cuh"}
 
 
@@ -29,14 +29,27 @@ def name_commit(commit: str) -> None:
     _named = commit
 
 
-def describe() -> dict:
-    """Device, commit, versions, threads and the measured rates."""
+def describe(thread_counts: Iterable[int] = ()) -> dict:
+    """Device, commit, versions, threads and the measured rates: with torch's number of threads, and with others."""
     info = atst_fast.build_info()
+    own = torch.get_num_threads()
+    others = sorted({*thread_counts} - {own})
     return {
         "device": {"name": _cpu_model(), "cores": os.cpu_count(), "isa": info["isa"]},
         **_software(info),
-        "rates": {**bandwidths(), "sgemm_flops": sgemm_rate()},
+        "rates": rates(),
+        "rates_of_threads": {str(number): _rates_with(number) for number in others},
     }
+
+
+def rates() -> dict:
+    """Of the CPU: bytes and floating-point operations per second."""
+    return {**bandwidths(), "sgemm_flops": sgemm_rate()}
+
+
+def _rates_with(threads: int) -> dict:
+    with timing.on_threads(threads):
+        return rates()
 
 
 def describe_gpu() -> dict:
@@ -48,7 +61,7 @@ def describe_gpu() -> dict:
     def median(call):
         return timing.launched(call, stopwatch, budget=0.5).median
 
-    rates = {
+    measured = {
         **bandwidths(1 << 28, "cuda", median),
         "sgemm_flops": sgemm_rate(8192, "cuda", median),
         "bf16_flops": sgemm_rate(8192, "cuda", median, torch.bfloat16),
@@ -66,7 +79,7 @@ def describe_gpu() -> dict:
             **clocks,
         },
         **software,
-        "rates": rates,
+        "rates": measured,
     }
 
 
@@ -145,10 +158,12 @@ def _cpu_model() -> str:
 
 
 def _commit() -> dict:
-    """The commit, and whether files differ from it. In a copy without git: what name_commit was told, or a hash of the
-    files that are measured, which says at least whether two results are of the same ones."""
+    """The commit, and whether files differ from it; of an installed package its version. In a copy without git: what
+    name_commit was told, or a hash of the files that are measured, which says whether two results are of the same."""
     if _named:
         return {"id": _named, "dirty": False}
+    if not (ROOT / "csrc").is_dir():
+        return {"id": f"version-{atst_fast.__version__}", "dirty": False}
     try:
         name = _git("rev-parse", "--short=10", "HEAD").strip()
         dirty = bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results").strip())
