@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import machine, report
+from atst_fast.bench import machine
 from benchmarks.gpu import tune
-from tests.test_benchmarks_gpu import Clock
+from tests.bench.fake import Clock
 
 KERNELS = Path(tune.__file__).parents[2] / "kernels"
 SMALL = tune.Size(dim=64, heads=2, clips=1, tokens=16, hidden=64, out=32, dtype=torch.float32, device="cpu")
@@ -61,7 +61,7 @@ def test_a_candidate_that_cannot_run_costs_no_other(monkeypatch):
 
 def test_what_is_written(monkeypatch, tmp_path, capsys):
     says = {"device": {"name": "Some GPU", "isa": "sm_90"}, "commit": {"id": "abc", "dirty": False}}
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(tune, "RESULTS", tmp_path)
     monkeypatch.setattr(machine, "describe_gpu", lambda: says)
     monkeypatch.setattr(tune.timing, "Cuda", Clock)
     monkeypatch.setitem(tune.CASES, "made_up", lambda size: tune.Case(lambda c: None, (1,), 1))

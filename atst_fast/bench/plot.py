@@ -9,11 +9,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from atst_fast.bench.operator import OURS
-from atst_fast.bench.report import atomically, seconds, title
+from atst_fast.bench.report import seconds, title
+from atst_fast.files import write_atomically
 
 
 def pictures(result: dict, folder: Path) -> list[Path]:
     """All that the cases of a result make: times.png, roofline.png, scaling-<operator>.png. Returns what was drawn."""
+    folder.mkdir(parents=True, exist_ok=True)
     drawn = [folder / "times.png", folder / "roofline.png"]
     made = [path for path, draw in zip(drawn, (times, roofline)) if draw(result, path)]
     operators = dict.fromkeys(c["group"].partition(" over ")[0] for c in result["cases"] if _over(c))
@@ -47,7 +49,7 @@ def times(result: dict, out: Path) -> bool:
 def _finish(figure, result: dict, out: Path) -> bool:
     made = f"commit {result['commit']['id']}, torch {result['versions']['torch']}, {result['date'][:10]}"
     figure.suptitle(f"{title(result)}\n{made}", fontsize=9)
-    atomically(out, lambda path: figure.savefig(path, dpi=130, format="png"))
+    write_atomically(out, lambda path: figure.savefig(path, dpi=130, format="png"))
     plt.close(figure)
     return True
 

@@ -12,15 +12,15 @@ caches. A floor is the larger of bytes over the best measured bandwidth and flop
 
 import datetime
 import json
-import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from atst_fast.bench.operator import OURS
 from atst_fast.bench.session import LeftOut
+from atst_fast.files import write_atomically
 
 _COLUMNS = ("case", "provider", "median", "IQR", "rate", "of copy", "of matmul", f"x {OURS}", "parity", "")
 _LEFT = (0, 1, 9)  # columns that are aligned so
@@ -99,18 +99,8 @@ def file_name(result: dict) -> Path:
 
 def write(result: dict, path: Path) -> Path:
     """In one step; folders are made."""
-    return atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
-
-
-def atomically(path: Path, make: Callable[[Path], object]) -> Path:
-    """What ``make`` writes appears under its name when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        make(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
     return path
 
 

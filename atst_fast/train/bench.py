@@ -100,7 +100,7 @@ def check(config: BenchConfig) -> str:
     if not 0 < config.seconds <= 60:
         raise UserError(f"--seconds must be positive and at most 60, got {config.seconds!r}")
     if config.out is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("--out draws with matplotlib", name="matplotlib")
+        raise ImportError("bench: --out needs the package matplotlib: pip install 'atst_fast[train,bench]'")
     return device
 
 

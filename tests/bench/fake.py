@@ -1,4 +1,55 @@
-"""What stands in for a machine: a clock that goes as it is told, and a CPU that passes for a GPU."""
+"""What stands in for a machine: a clock that goes as it is told, a CPU that passes for a GPU, results of both."""
+
+from atst_fast.bench import report, timing
+from atst_fast.bench.session import LeftOut, Measured
+
+# what a batch of log-mels counts
+LOG_MEL = {"bytes": 129e6, "flops": 5.2e9, "items": (1440, "s audio"), "parity": {"error": 1e-6, "allowed": 1e-3}}
+CPU = {
+    "device": {"name": "Some(R) CPU", "cores": 2, "isa": "avx2"},
+    "commit": {"id": "abc", "dirty": True},
+    "versions": {"torch": "2"},
+    "threads": 2,
+    "rates": {"copy_bytes_per_s": 1e9, "add_bytes_per_s": 2e9, "scale_bytes_per_s": 1e9, "sgemm_flops": 1e12},
+}
+GPU = {
+    "device": {"name": "Some GPU", "cores": 132, "isa": "sm_90", "kernels": "sm_90", "clocks_sm": "1980"},
+    "commit": {"id": "abc", "dirty": False},
+    "versions": {"torch": "2"},
+    "threads": 8,
+    "rates": {
+        "copy_bytes_per_s": 4e12,
+        "add_bytes_per_s": 4.2e12,
+        "scale_bytes_per_s": 4.1e12,
+        "sgemm_flops": 5e13,
+        "bf16_flops": 7e14,
+    },
+}
+
+
+def case(provider, median, size="base", *, group="op", iqr=None, more=None, **extra):
+    """A case of a made-up operator that was measured."""
+    stats = timing.Stats(median, median / 10 if iqr is None else iqr, median, 5)
+    params = {"size": size, **(more or {}), "provider": provider}
+    return Measured(group, f"test_{group.replace(' ', '_')}[{provider}-{size}]", params, extra, stats)
+
+
+def cpu_result(*cases, **machine):
+    return report.collect(cases, {**CPU, "date": "2030-01-01T00:00:00+00:00", **machine})
+
+
+def gpu_result():
+    """Ours in one and a half times the time that its bytes take at 4 TB/s, torch.stft in nine times that."""
+    least = LOG_MEL["bytes"] / 4e12
+    cases = [
+        case(provider, factor * least, "batch", group="log_mel", **LOG_MEL)
+        for provider, factor in (("atst_fast", 1.5), ("torch_stft", 9.0))
+    ]
+    return report.collect(cases, {**GPU, "date": "2030-01-01T00:00:00+00:00"})
+
+
+def left_out(why, fault, provider="peer", size="base"):
+    return LeftOut("op", f"test_op[{provider}]", {"size": size, "provider": provider}, why, fault)
 
 
 class Clock:

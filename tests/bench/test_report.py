@@ -1,59 +1,75 @@
-"""The benchmarks' own machinery: what a run computes from its timings, writes and prints."""
+"""What a run computes from its timings, writes and prints."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import report
-
-RATES = {"copy_bytes_per_s": 1e9, "add_bytes_per_s": 2e9, "scale_bytes_per_s": 1e9, "sgemm_flops": 1e12}
-MACHINE = {
-    "device": {"name": "Some(R) CPU", "cores": 2, "isa": "avx2"},
-    "commit": {"id": "abc", "dirty": True},
-    "versions": {"torch": "2"},
-    "threads": 1,
-    "rates": RATES,
-}
-
-
-def bench(provider, median, size="base", **extra):
-    stats = SimpleNamespace(median=median, iqr=median / 10, min=median, rounds=5)
-    params = {"provider": provider, "size": size}
-    name = f"test_op[{provider}-{size}]"
-    return SimpleNamespace(group="op", name=name, params=params, extra_info=extra, stats=stats)
+from atst_fast.bench import report
+from benchmarks import report as kept
+from tests.bench.fake import CPU, case, cpu_result, left_out
 
 
 @pytest.fixture
 def result():
-    cases = [bench("peer", 0.4, bytes=2e8), bench("atst_fast", 0.2, bytes=2e8, flops=1e11), bench("peer", 1e-5, "tiny")]
-    return report.collect(cases, MACHINE)
+    ours = case("atst_fast", 0.2, bytes=2e8, flops=1e11, parity={"error": 2e-7, "allowed": 2e-5}, runs="C++ (avx2)")
+    return cpu_result(case("peer", 0.4, bytes=2e8), ours, case("peer", 1e-5, "tiny"))
 
 
-def test_floors_and_ratios(result):
+def test_floors_shares_and_ratios(result):
     peer, ours, alone = result["cases"]
     assert (peer["floor_s"], ours["floor_s"], alone["floor_s"]) == (0.1, 0.1, None)
+    assert (peer["floor_by"], ours["floor_by"], alone["floor_by"]) == ("bytes", "bytes", None)
     assert (peer["ratio_to_atst_fast"], ours["ratio_to_atst_fast"], alone["ratio_to_atst_fast"]) == (2.0, 1.0, None)
+    assert (ours["share_of_copy"], ours["share_of_products"]) == (pytest.approx(1.0), pytest.approx(0.5))
+    assert (peer["share_of_copy"], peer["share_of_products"]) == (pytest.approx(0.5), None)
+    assert (alone["share_of_copy"], alone["share_of_products"]) == (None, None)
+
+
+def test_a_case_has_the_rates_of_its_threads():
+    slow = {**CPU["rates"], "sgemm_flops": 1e11}
+    cases = [case("atst_fast", 1.0, flops=1e11, more={"threads": n}) for n in (1, 2)]
+    one, two = cpu_result(*cases, rates_of_threads={"1": slow})["cases"]
+    assert (one["floor_s"], two["floor_s"]) == (1.0, 0.1)
+    assert (one["ratio_to_atst_fast"], two["ratio_to_atst_fast"]) == (1.0, 1.0)
 
 
 def test_one_file_per_run(result, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    path = report.save(result)
+    monkeypatch.setattr(kept, "RESULTS", tmp_path)
+    path = kept.save(result)
     assert [p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*.*")] == ["some-cpu-2-cores"]
-    assert path.name.endswith("-abc-dirty.json")
+    assert path.name == "20300101T000000-abc-dirty.json"
     assert json.loads(path.read_text()) == result
 
 
 def test_table(result):
     text = "\n".join(report.tables(result))
-    assert "op base  atst_fast  200 ms  20 ms  500.0 GFLOP/s       50%         1.00" in text
-    assert "op base  peer       400 ms  40 ms       0.5 GB/s       25%         2.00" in text
-    assert "op tiny  peer        10 us   1 us" in text
+    assert "Some(R) CPU, 2 cores, avx2, 2 threads, torch 2, commit abc with changes" in text
+    assert "op: C++ (avx2)" in text
+    ours, peer, alone = (line.split() for line in text.splitlines()[-3:])
+    assert ours == ["op", "base", "atst_fast", "200", "ms", "20", "ms", "1.0", "GB/s", "100%", "50%", "1.00", "2e-07"]
+    assert peer == ["op", "base", "peer", "400", "ms", "40", "ms", "0.5", "GB/s", "50%", "2.00"]
+    assert alone == ["op", "tiny", "peer", "10", "us", "1", "us"]
 
 
-def test_picture(result, tmp_path):
-    pytest.importorskip("matplotlib")
-    from benchmarks import plot
+def test_rates_are_shown_in_the_unit_that_binds():
+    (ours,) = report.tables(cpu_result(case("atst_fast", 0.1, flops=5e11, bytes=1)))[-1:]
+    assert "5.0 TFLOP/s" in ours
+    (ours,) = report.tables(cpu_result(case("atst_fast", 0.1, bytes=1e8, items=(3, "clips"), note="all")))[-1:]
+    assert "1.0 GB/s" in ours
+    assert ours.endswith("all, 30 clips/s")
 
-    plot.draw(result | {"date": "2020-01-01"}, tmp_path / "p.png")
-    assert (tmp_path / "p.png").stat().st_size > 1000
+
+def test_what_has_no_time_says_why():
+    missing = [left_out("no parity: its error is 1", True, size=str(n)) for n in range(5)]
+    missing.append(left_out("x is not installed (pip install x)", False))
+    result = report.collect([case("atst_fast", 1.0)], {**CPU, "date": "2030"}, missing)
+    assert report.tables(result)[-2:] == [
+        "  FAILED: peer: no parity: its error is 1 (0; 1; 2 and 2 more)",
+        "  not run: peer: x is not installed (pip install x)",
+    ]
+    assert len(json.loads(json.dumps(result))["left_out"]) == 6
+
+
+def test_a_group_without_any_time_is_shown():
+    result = report.collect([], CPU, [left_out("RuntimeError: no", True)])
+    assert report.tables(result)[-2:] == ["op", "  FAILED: peer: RuntimeError: no (base)"]

@@ -12,6 +12,7 @@ from atst_fast.bench.cases import (
     epilogue,
     frame_attention,
     frame_loss,
+    kaldi_fbank,
     log_mel,
     mlp,
     patch_embed,
@@ -22,6 +23,7 @@ OPERATORS: dict[str, Operator] = {
     operator.name: operator
     for operator in (
         log_mel.OPERATOR,
+        kaldi_fbank.OPERATOR,
         augment.OPERATOR,
         patch_embed.OPERATOR,
         patch_embed.SELECT_ROWS,
