@@ -8,7 +8,7 @@
 // clang-format off
 STABLE_TORCH_LIBRARY(ATST_LIBRARY, m) {
   // log_mel
-  m.def("log_mel(Tensor waveform, Tensor window, Tensor fb, Tensor? lengths, int hop_length, float? top_db, float scale, float bias, int group) -> Tensor");
+  m.def("log_mel(Tensor waveform, Tensor window, Tensor fb, Tensor? lengths, int hop_length, float? top_db, float scale, float bias, int group, bool decibels=True) -> Tensor");
 
   // kaldi_fbank
   m.def("kaldi_fbank(Tensor waveform, Tensor window, Tensor fb, Tensor? lengths, int frame_shift, float preemphasis, bool remove_dc_offset) -> Tensor");

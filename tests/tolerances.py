@@ -9,6 +9,7 @@ MEL_GOLDEN_DB = 2e-3
 MEL_60_DB = 0.002
 MEL_80_DB = 0.02
 MEL_60, MEL_80 = 3e-5, 3e-4  # the same on the normalised scale, which is 130 dB over 2
+MEL_ENERGY_RTOL = 5e-4  # MEL_60_DB as a ratio of energies
 MEL_LIBROSA_DB = 0.02  # librosa's float64 window and triangles differ from float32 ones in the last place
 # One transform by two float32 ways (the kernel and torch.stft), on loud and normalised values.
 MEL_OTHER_WAY = 1e-3

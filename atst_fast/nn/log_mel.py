@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from atst_fast.nn.tables import Tables
 from atst_fast.ops.log_mel import log_mel_with, make_tables
 
 
-class LogMelSpectrogram(nn.Module):
+class LogMelSpectrogram(Tables):
     """MelSpectrogram + AmplitudeToDB(top_db) + MinMax in one operator: arguments and numbers of ``ops.log_mel``.
 
     Buffers, named as torchaudio's MelSpectrogram names them: ``spectrogram.window [win_length]`` and
@@ -14,6 +15,9 @@ class LogMelSpectrogram(nn.Module):
     float32 under ``.half()`` and ``.bfloat16()``: 80 dB do not fit into less. A module that was made on the meta device
     has its tables again as soon as it leaves it.
     """
+
+    spectrogram: nn.Module
+    mel_scale: nn.Module
 
     def __init__(
         self,
@@ -28,10 +32,10 @@ class LogMelSpectrogram(nn.Module):
         minmax: tuple[float, float] | None = (-79.6482, 50.6842),
         dtype: torch.dtype = torch.float32,
     ):
-        super().__init__()
+        names = "spectrogram.window", "mel_scale.fb"
+        super().__init__(names, make_tables, sample_rate, n_fft, win_length, f_min, f_max, n_mels)
         self.sample_rate, self.n_fft, self.hop_length = sample_rate, n_fft, hop_length
         self.top_db, self.minmax, self.dtype = top_db, minmax, dtype
-        self._settings = (sample_rate, n_fft, win_length, f_min, f_max, n_mels)
         # all that it takes to build this front end again, but for the dtype
         self.config = {
             "sample_rate": sample_rate,
@@ -44,17 +48,6 @@ class LogMelSpectrogram(nn.Module):
             "top_db": top_db,
             "minmax": None if minmax is None else tuple(minmax),
         }
-        window, fb = make_tables(*self._settings)
-        device = torch.get_default_device()
-        self.spectrogram, self.mel_scale = nn.Module(), nn.Module()
-        self.spectrogram.register_buffer("window", window.to(device))
-        self.mel_scale.register_buffer("fb", fb.to(device))
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """The tables of the arguments, in place of what the buffers hold."""
-        for buffer, table in zip((self._window, self._fb), make_tables(*self._settings)):
-            buffer.copy_(table)
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """``[..., N]`` float32 or int16 to ``[..., n_mels, T]``; per-clip floors need ``[B, 1, N]`` or ``lengths``."""
@@ -68,25 +61,6 @@ class LogMelSpectrogram(nn.Module):
             lengths=lengths,
             dtype=self.dtype,
         )
-
-    @property
-    def _window(self) -> Tensor:
-        return self.spectrogram.get_buffer("window")
-
-    @property
-    def _fb(self) -> Tensor:
-        return self.mel_scale.get_buffer("fb")
-
-    def _apply(self, fn, recurse=True):
-        window, fb = self._window, self._fb
-        super()._apply(fn, recurse)
-        device = self._window.device
-        if window.is_meta and not self._window.is_meta:
-            # what comes from there has no values
-            self.spectrogram.window, self.mel_scale.fb = (t.to(device) for t in make_tables(*self._settings))
-        elif self._window.dtype != torch.float32:
-            self.spectrogram.window, self.mel_scale.fb = window.to(device), fb.to(device)
-        return self
 
     def extra_repr(self) -> str:
         return f"sample_rate={self.sample_rate}, n_fft={self.n_fft}, hop_length={self.hop_length}, top_db={self.top_db}"

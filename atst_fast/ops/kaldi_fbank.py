@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from atst_fast.ops import _checks
+from atst_fast.ops import _autocast, _checks
 from atst_fast.ops._registry import register
 from atst_fast.reference import kaldi_fbank as reference
 
@@ -15,6 +15,18 @@ _AXES = "[..., N] (N samples)"
 _CPU = torch.device("cpu")
 _SIZES = (512, 1024, 2048)
 
+# Arguments of torchaudio's function that may have one value here.
+_FIXED: dict[str, float] = {
+    "dither": 0.0,
+    "min_duration": 0.0,
+    "round_to_power_of_two": True,
+    "snip_edges": True,
+    "subtract_mean": False,
+    "use_energy": False,
+    "use_log_fbank": True,
+    "use_power": True,
+    "vtln_warp": 1.0,
+}
 
 def kaldi_fbank(
     waveform: Tensor,
@@ -82,28 +94,29 @@ def kaldi_fbank(
         TypeError: waveform or lengths of another dtype. ValueError: a shape, length or setting out of range, or an
             argument whose value is not supported.
     """
-    _only("dither", dither, 0.0)
-    _only("min_duration", min_duration, 0.0)
-    _only("round_to_power_of_two", round_to_power_of_two, True)
-    _only("snip_edges", snip_edges, True)
-    _only("subtract_mean", subtract_mean, False)
-    _only("use_energy", use_energy, False)
-    _only("use_log_fbank", use_log_fbank, True)
-    _only("use_power", use_power, True)
-    _only("vtln_warp", vtln_warp, 1.0)
+    check_fixed(
+        dither=dither,
+        min_duration=min_duration,
+        round_to_power_of_two=round_to_power_of_two,
+        snip_edges=snip_edges,
+        subtract_mean=subtract_mean,
+        use_energy=use_energy,
+        use_log_fbank=use_log_fbank,
+        use_power=use_power,
+        vtln_warp=vtln_warp,
+    )
     device = waveform.device if isinstance(waveform, Tensor) else _CPU
     settings = (sample_frequency, frame_length, low_freq, high_freq, num_mel_bins, window_type)
-    window, fb = tables(*settings, device)
-    if channel is not None:
-        waveform = _channel(waveform, channel)
-    shift = samples_of(sample_frequency, frame_shift)
+    # detached: of what it takes for a constant, torch.compile does not know whether it needs a gradient
+    window, fb = (t.detach() for t in _constant_tables(*settings, device))
     return kaldi_fbank_with(
         waveform,
         window,
         fb,
-        shift,
+        samples_of(sample_frequency, frame_shift),
         preemphasis=preemphasis_coefficient,
         remove_dc_offset=remove_dc_offset,
+        channel=channel,
         lengths=lengths,
     )
 
@@ -116,6 +129,7 @@ def kaldi_fbank_with(
     *,
     preemphasis: float = 0.97,
     remove_dc_offset: bool = True,
+    channel: int | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
     """`kaldi_fbank` with tables of your own, float32, and the shift in samples.
@@ -126,6 +140,8 @@ def kaldi_fbank_with(
     _checks.tensor(_OP, "window", window, "[W]", dim=1, dtypes=(torch.float32,))
     _checks.tensor(_OP, "fb", fb, "[n_fft // 2 + 1, num_mel_bins]", dim=2, dtypes=(torch.float32,))
     _checks.tensor(_OP, "waveform", waveform, _AXES, dtypes=(torch.float32, torch.int16))
+    if channel is not None:
+        waveform = _channel(waveform, channel)
     if waveform.dim() < 1:
         _checks.fail(_OP, "waveform", _AXES, waveform)
     frame, n_fft, samples = window.shape[0], 2 * (fb.shape[0] - 1), waveform.shape[-1]
@@ -145,11 +161,17 @@ def kaldi_fbank_with(
     rows = waveform.reshape(-1, samples).contiguous()
     args = (rows, window.contiguous(), fb.contiguous(), lengths, frame_shift, preemphasis, remove_dc_offset)
     if torch.is_grad_enabled() and (waveform.requires_grad or window.requires_grad or fb.requires_grad):
-        with torch.autocast(waveform.device.type, enabled=False):  # no half precision holds 60 dB
+        with _autocast.off(waveform.device):  # no half precision holds 60 dB
             out = reference.kaldi_fbank(*args)
     else:
         out = torch.ops.atst_fast.kaldi_fbank(*args)
     return out.reshape(*waveform.shape[:-1], *out.shape[1:])
+
+
+@torch.compiler.assume_constant_result
+def _constant_tables(*settings) -> tuple[Tensor, Tensor]:
+    """`tables`, which `torch.compile` is not to look into."""
+    return tables(*settings)
 
 
 @lru_cache(maxsize=32)
@@ -166,12 +188,26 @@ def tables(
 
     Do not write into the tensors: they are cached, per device.
     """
+    # made of ordinary tensors whatever mode the first caller is in: inference, fake tensors, another default device
+    with torch.inference_mode(False), _disable_current_modes():
+        window, fb = make_tables(sample_frequency, frame_length, low_freq, high_freq, num_mel_bins, window_type)
+        return window.to(device), fb.to(device)
+
+
+def make_tables(
+    sample_frequency: float,
+    frame_length: float,
+    low_freq: float,
+    high_freq: float,
+    num_mel_bins: int,
+    window_type: str,
+) -> tuple[Tensor, Tensor]:
+    """New ones that may be written into, on the CPU, in the modes that the caller is in."""
     frame = samples_of(sample_frequency, frame_length)
     n_fft = 1 << max(frame - 1, 0).bit_length()
     if n_fft not in _SIZES:
-        _checks.fail(
-            _OP, "frame_length", f"257 to 2048 samples at {sample_frequency} Hz, in milliseconds", frame_length
-        )
+        expected = f"257 to 2048 samples at {sample_frequency} Hz, in milliseconds"
+        _checks.fail(_OP, "frame_length", expected, frame_length)
     if window_type not in ("hanning", "povey"):
         _checks.fail(_OP, "window_type", "'hanning' or 'povey'", window_type)
     nyquist = 0.5 * sample_frequency
@@ -180,11 +216,8 @@ def tables(
         raise ValueError(f"{_OP}: low_freq and high_freq must satisfy {expected}, got {low_freq} and {high_freq}")
     if num_mel_bins < 4:
         _checks.fail(_OP, "num_mel_bins", "at least 4", num_mel_bins)
-    # made of ordinary tensors whatever mode the first caller is in: inference, fake tensors, another default device
-    with torch.inference_mode(False), _disable_current_modes():
-        window = reference.window_function(window_type, frame)
-        fb = reference.filterbank(n_fft, sample_frequency, low_freq, high_freq, num_mel_bins)
-        return window.to(device), fb.to(device)
+    window = reference.window_function(window_type, frame)
+    return window, reference.filterbank(n_fft, sample_frequency, low_freq, high_freq, num_mel_bins)
 
 
 def samples_of(sample_frequency: float, milliseconds: float) -> int:
@@ -192,15 +225,17 @@ def samples_of(sample_frequency: float, milliseconds: float) -> int:
     return int(sample_frequency * milliseconds * 0.001)
 
 
-def _only(name: str, got: float, supported: float) -> None:
-    """An argument of torchaudio's function that may have one value."""
-    if got != supported:
-        _checks.fail(_OP, name, f"{supported} (nothing else is supported)", got)
+def check_fixed(**given: float) -> None:
+    """Refuse, by name, what torchaudio's function has and this one has not."""
+    for name, value in given.items():
+        if value != _FIXED[name]:
+            _checks.fail(_OP, name, f"{_FIXED[name]} (nothing else is supported)", value)
 
 
 def _channel(waveform: Tensor, channel: int) -> Tensor:
     expected = "[C, N] (channels, samples) when channel is given"
-    _checks.tensor(_OP, "waveform", waveform, expected, dim=2)
+    if waveform.dim() != 2:
+        _checks.fail(_OP, "waveform", expected, waveform)
     if max(channel, 0) >= waveform.shape[0]:
         _checks.fail(_OP, "channel", f"less than the {waveform.shape[0]} channels of waveform", channel)
     return waveform[max(channel, 0)]
@@ -215,7 +250,7 @@ def _check_lengths(lengths: Tensor, waveform: Tensor) -> Tensor:
     _checks.tensor(_OP, "lengths", lengths, expected, dim=1, dtypes=(torch.int64, torch.int32))
     if lengths.shape[0] != shape[0]:
         _checks.fail(_OP, "lengths", expected, lengths)
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checks.readable(lengths):
         for clip, n in enumerate(lengths.tolist()):
             if not 0 <= n <= samples:
                 raise ValueError(f"{_OP}: lengths[{clip}] must be from 0 to N = {samples}, got {n}")

@@ -81,10 +81,12 @@ def log_mel_with(
     minmax: tuple[float, float] | None = (-79.6482, 50.6842),
     lengths: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    decibels: bool = True,
 ) -> Tensor:
     """`log_mel` with tables of your own, float32: ``window [win_length]``, ``fb [n_fft // 2 + 1, n_mels]``.
 
-    Differentiable in both as well.
+    Differentiable in both as well. Without ``decibels`` the result is the energies themselves, and top_db and minmax
+    must be None.
     """
     _checks.tensor(_OP, "window", window, "[win_length]", dim=1, dtypes=(torch.float32,))
     _checks.tensor(_OP, "fb", fb, "[n_fft // 2 + 1, n_mels]", dim=2, dtypes=(torch.float32,))
@@ -96,6 +98,8 @@ def log_mel_with(
     if samples <= n_fft // 2:
         expected = f"longer than n_fft // 2 = {n_fft // 2} samples ({_AXES}), which the reflection at its ends needs"
         _checks.fail(_OP, "waveform", expected, waveform)
+    if not decibels and (top_db is not None or minmax is not None):
+        _checks.fail(_OP, "top_db and minmax", "None without decibels", (top_db, minmax))
     if lengths is not None:
         lengths = _check_lengths(lengths, waveform, n_fft)
     _checks.same_device(_OP, "waveform", waveform, lengths=lengths, window=window, fb=fb)
@@ -105,7 +109,7 @@ def log_mel_with(
         scale = 2.0 / (minmax[1] - minmax[0])
         bias = -minmax[0] * scale - 1.0
     rows = waveform.reshape(-1, samples).contiguous()
-    args = (rows, _padded(window, n_fft), fb.contiguous(), lengths, hop_length, top_db, scale, bias, group)
+    args = (rows, _padded(window, n_fft), fb.contiguous(), lengths, hop_length, top_db, scale, bias, group, decibels)
     if torch.is_grad_enabled() and (waveform.requires_grad or window.requires_grad or fb.requires_grad):
         with _autocast.off(waveform.device):  # no half precision holds 80 dB
             out = reference.log_mel(*args)
@@ -202,6 +206,6 @@ register(_OP, CUDA=reference.log_mel)
 
 
 @torch.library.register_fake("atst_fast::log_mel")
-def _(waveform, window, fb, lengths, hop_length, top_db, scale, bias, group):
+def _(waveform, window, fb, lengths, hop_length, top_db, scale, bias, group, decibels=True):
     frames = waveform.shape[1] // hop_length + 1
     return waveform.new_empty((waveform.shape[0], fb.shape[1], frames), dtype=torch.float32)

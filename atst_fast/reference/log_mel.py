@@ -35,22 +35,23 @@ def log_mel(
     scale: float,
     bias: float,
     group: int,
+    decibels: bool = True,
 ) -> Tensor:
     """``[R, N]`` to ``[R, n_mels, N // hop_length + 1]``; ``group`` consecutive rows share one floor.
 
     ``window`` ``[n_fft]``, ``fb`` ``[n_fft // 2 + 1, n_mels]``; int16 is read as x / 32768; the result is
-    ``max(dB, max(dB) - top_db) * scale + bias``. With ``lengths`` ``[R]`` each row is transformed as if it ended there,
-    and frames past its own last one are 0.
+    ``max(dB, max(dB) - top_db) * scale + bias``, or without ``decibels`` the same of the energies. With ``lengths``
+    ``[R]`` each row is transformed as if it ended there, and frames past its own last one are 0.
     """
     if not waveform.dtype.is_floating_point:
         waveform = waveform.to(window.dtype) / 32768
     n_fft, frames = window.shape[0], waveform.shape[1] // hop_length + 1
     window, fb = window.to(waveform.dtype), fb.to(waveform.dtype)
 
-    def decibels(x: Tensor) -> Tensor:
+    def mel(x: Tensor) -> Tensor:
         spectrum = torch.stft(x, n_fft, hop_length, n_fft, window, pad_mode="reflect", return_complex=True)
-        power = spectrum.abs().square()
-        return 10.0 * torch.log10((power.transpose(1, 2) @ fb).transpose(1, 2).clamp(min=1e-10))
+        energy = (spectrum.abs().square().transpose(1, 2) @ fb).transpose(1, 2)
+        return 10.0 * torch.log10(energy.clamp(min=1e-10)) if decibels else energy
 
     def normalised(db: Tensor) -> Tensor:
         if top_db is not None and db.numel():
@@ -62,10 +63,10 @@ def log_mel(
     if lengths is None:
         if not waveform.shape[0]:
             return waveform.new_zeros(0, fb.shape[1], frames)
-        return normalised(decibels(waveform))
+        return normalised(mel(waveform))
     out = waveform.new_zeros(waveform.shape[0], fb.shape[1], frames)
     for row, n in enumerate(lengths.tolist()):
         if n:
-            y = normalised(decibels(waveform[row : row + 1, :n]))[0]
+            y = normalised(mel(waveform[row : row + 1, :n]))[0]
             out[row, :, : y.shape[1]] = y
     return out

@@ -13,7 +13,7 @@ float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
 // waveform [R, N], window [n_fft] and fb [n_fft/2+1, n_mels] -> [R, n_mels, N / hop + 1]; `group` consecutive rows
 // share a floor.
 Tensor log_mel(const Tensor& waveform, const Tensor& window, const Tensor& fb, const std::optional<Tensor>& lengths,
-               int64_t hop, std::optional<double> top_db, double scale, double bias, int64_t group) {
+               int64_t hop, std::optional<double> top_db, double scale, double bias, int64_t group, bool decibels) {
   const char* op = "log_mel";
   const bool is_int16 = waveform.scalar_type() == ScalarType::Short;
   ATST_CHECK(is_int16 || waveform.scalar_type() == ScalarType::Float, op, ": waveform must be float32 or int16");
@@ -69,7 +69,7 @@ Tensor log_mel(const Tensor& waveform, const Tensor& window, const Tensor& fb, c
   std::vector<float> top(rows * tiles, -std::numeric_limits<float>::infinity());
   auto run_tile = [&](int64_t item, float* scratch) {
     const MelClip c = clip(item / tiles);
-    if (item % tiles * kTileFrames < c.frames) top[item] = tile_kernel(plan, c, item % tiles, scratch);
+    if (item % tiles * kTileFrames < c.frames) top[item] = tile_kernel(plan, c, decibels, item % tiles, scratch);
   };
   auto finish_group = [&](int64_t g) {
     float highest = -std::numeric_limits<float>::infinity();

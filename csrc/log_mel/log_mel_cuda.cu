@@ -8,7 +8,7 @@ namespace {
 // Arguments and result as of the CPU operator (log_mel_cpu.cpp). A length on the device cannot be looked at here: where
 // it is impossible, the clip becomes NaN.
 Tensor log_mel(const Tensor& waveform, const Tensor& window, const Tensor& fb, const std::optional<Tensor>& lengths,
-               int64_t hop, std::optional<double> top_db, double scale, double bias, int64_t group) {
+               int64_t hop, std::optional<double> top_db, double scale, double bias, int64_t group, bool decibels) {
   const char* op = "log_mel";
   check_device(waveform, op, "waveform");
   const Call call(op, waveform);
@@ -56,7 +56,7 @@ Tensor log_mel(const Tensor& waveform, const Tensor& window, const Tensor& fb, c
   a.items = static_cast<int>(rows * tiles), a.tiles = static_cast<int>(tiles);
   a.window_size = static_cast<int>(n_fft), a.hop = static_cast<int>(hop), a.n_mels = static_cast<int>(n_mels),
   a.group = static_cast<int>(group);
-  a.is_int16 = is_int16;
+  a.is_int16 = is_int16, a.decibels = decibels;
   a.top_db = top_db ? static_cast<float>(*top_db) : 0.0f;
   a.scale = static_cast<float>(scale), a.bias = static_cast<float>(bias);
   if (n_fft == 512)

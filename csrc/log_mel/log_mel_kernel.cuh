@@ -39,7 +39,7 @@ struct LogMelArgs : MelArgs {
   int64_t samples, frames;
   int items, tiles;  // tiles of all rows, and of one
   int group;
-  bool is_int16;
+  bool is_int16, decibels;  // without: energies
   float top_db, scale, bias;
 };
 
@@ -96,7 +96,7 @@ __device__ void mel_tile(const LogMelArgs& a, const MelShared<G>& s, int64_t row
 #pragma unroll
     for (int j = 0; j < Shape::frames / 4; ++j) {
       const int64_t t = t0 + 4 * j + frame;
-      const float db = 3.01029995663981195214f * __log2f(sum[j] < 1e-10f ? 1e-10f : sum[j]);
+      const float db = a.decibels ? 3.01029995663981195214f * __log2f(sum[j] < 1e-10f ? 1e-10f : sum[j]) : sum[j];
       if (t < valid) {
         top = max(top, float_key(db));
         least = fminf(least, db);

@@ -16,15 +16,13 @@ struct Windowed {
   }
 };
 
-ATST_INLINE vf decibels(const MelPlan& plan, const vf* power, int64_t m) {
-  return log(max_nan(mel_sum(plan, power, m), splat(1e-10f))) * kDbPerNeper;
-}
+ATST_INLINE vf to_decibels(vf energy) { return log(max_nan(energy, splat(1e-10f))) * kDbPerNeper; }
 
 }  // namespace
 
 int64_t log_mel_scratch_floats(const MelPlan& plan) { return scratch_floats(plan); }
 
-float log_mel_tile(const MelPlan& plan, const MelClip& clip, int64_t tile, float* memory) {
+float log_mel_tile(const MelPlan& plan, const MelClip& clip, bool decibels, int64_t tile, float* memory) {
   const Scratch s = carve(plan, memory);
   const int64_t t0 = tile * kTileFrames;
   make_columns(plan, clip, t0 * plan.hop - plan.n_fft / 2, s);
@@ -36,7 +34,7 @@ float log_mel_tile(const MelPlan& plan, const MelClip& clip, int64_t tile, float
     powers(plan, s, Windowed{plan, s.columns + lane0});
     const int64_t t = t0 + lane0, left = clip.frames - t;
     for (int64_t m = 0; m < plan.n_mels; ++m) {
-      const vf db = decibels(plan, s.power, m);
+      const vf energy = mel_sum(plan, s.power, m), db = decibels ? to_decibels(energy) : energy;
       float* out = clip.out + m * clip.stride + t;
       if (left >= kLanes) {
         store(out, db);

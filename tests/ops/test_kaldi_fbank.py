@@ -246,9 +246,9 @@ def test_gradient_runs_the_reference():
 
 
 def test_reference_gradient():
-    x = torch.randn(2, 40, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 24, dtype=torch.float64, requires_grad=True)
     window, fb = torch.hann_window(12, dtype=torch.float64), torch.rand(9, 3, dtype=torch.float64)
-    for n in (None, torch.tensor([40, 23])):
+    for n in (None, torch.tensor([24, 17])):
         assert torch.autograd.gradcheck(lambda x: reference.kaldi_fbank(x, window, fb, n, 5, 0.9, True), (x,))  # noqa: B023
 
 
