@@ -28,6 +28,7 @@ _FIXED: dict[str, float] = {
     "vtln_warp": 1.0,
 }
 
+
 def kaldi_fbank(
     waveform: Tensor,
     blackman_coeff: float = 0.42,

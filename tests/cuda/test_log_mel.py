@@ -115,6 +115,16 @@ def test_int16_is_the_same_as_its_float(cuda_ops):
     assert torch.equal(run(cuda_ops, arguments(x)), run(cuda_ops, arguments(x / 32768)))
 
 
+def test_energies(cuda_ops):
+    """Without the logarithm: what nn.MelSpectrogram asks for."""
+    x = speech_like(2 * 5000).reshape(2, 5000)
+    args = [*arguments(x, lengths=torch.tensor([5000, 2000]), top_db=None, minmax=None), False]
+    y, exact = run(cuda_ops, args), in_float64(args)
+    loud = exact > 1e-6 * exact.amax((1, 2), keepdim=True)
+    assert (((y - exact).abs() / exact)[loud] <= tol.MEL_ENERGY_RTOL).all()
+    assert (y[1, :, 13:] == 0).all()
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("rank", ["first", "last"])
 def test_clips_of_a_batch_have_floors_of_their_own(cuda_ops, rank):
