@@ -18,14 +18,16 @@ def load_model(
 ) -> Embedder:
     """The encoder of any checkpoint that ``atst_fast.load_checkpoint`` knows, in eval mode.
 
-    ``options`` are those of `Embedder` (``n_blocks``, ``chunk_frames``, ``official``, ``batch_size``). The model has
-    the attributes ``sample_rate``, ``scene_embedding_size`` and ``timestamp_embedding_size`` of HEAR.
+    ``options`` are those of `Embedder` (``n_blocks``, ``chunk_frames``, ``official``, ``batch_size``); what an
+    ``Embedder.save_pretrained`` wrote has its own, unless they are given. The model has the attributes ``sample_rate``,
+    ``scene_embedding_size`` and ``timestamp_embedding_size`` of HEAR.
 
     Raises ``ValueError`` without a path, for no weights come with this package, and what ``load_checkpoint`` raises.
     """
     if not str(model_file_path):
         raise ValueError("load_model: model_file_path must name a checkpoint: no weights come with this package")
     checkpoint = load_checkpoint(model_file_path, which)
+    options = {**checkpoint.config.get("embedder", {}), **options}
     return Embedder(checkpoint.encoder, checkpoint.front_end, **options).eval()
 
 

@@ -88,6 +88,14 @@ def test_load_model(tmp_path):
         hear.load_model(tmp_path / "nowhere.pt")
 
 
+def test_load_model_of_an_embedder_keeps_its_options(tmp_path):
+    pytest.importorskip("safetensors", reason="needs the extra train")
+    Embedder(FrameEncoder(SIZE), n_blocks=1, chunk_frames=100).save_pretrained(tmp_path)
+    assert hear.load_model(tmp_path).n_blocks == 1
+    model = hear.load_model(tmp_path, n_blocks=2)
+    assert (model.n_blocks, model.chunk_frames) == (2, 100)
+
+
 @pytest.mark.parametrize("name", ["get_scene_embeddings", "get_timestamp_embeddings"])
 def test_something_else_is_no_model(name):
     with pytest.raises(TypeError, match=f"^{name}: model must be what load_model returns, got Linear"):

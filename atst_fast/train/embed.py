@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from atst_fast.train.embedding_file import Rows
 
 _HELD = 8 * 2**20  # bytes of a spectrogram that stay in memory (five minutes); the rest goes to the disk
+_HEADERS = 4096  # files that are queued at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,70 +180,85 @@ def _embed_all(
     """Fill ``rows``; returns the seconds of audio."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    order, total = _by_length(config.folder, names, problems)
-    columns = (TextColumn("embedding"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("", total=total)
-        encoder = Encoder(embedder, rows, kind, lambda seconds: bar.advance(task, seconds))
-        seconds = 0.0
-        for spectrum in _decoded(config, embedder, names, order, problems):
-            seconds += spectrum.samples / embedder.sample_rate
-            encoder.add(spectrum)
-        encoder.flush()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+    workers = config.workers or min(4, os.cpu_count() or 1)
+    threads = torch.get_num_threads()
+    # one thread each: a team of threads for every one of these would only get in the way of the encoder's
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    seconds = 0.0
+    try:
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+            reading = bar.add_task("reading headers", total=len(names))
+            order, total = _by_length(config.folder, names, pool, problems, lambda: bar.advance(reading))
+            task = bar.add_task("embedding", total=total)
+            batches = _Batches(embedder, rows, kind, lambda of_chunks: bar.advance(task, of_chunks))
+            for spectrum in _decoded(config, embedder, names, order, pool, workers + 1, problems):
+                seconds += spectrum.samples / embedder.sample_rate
+                batches.add(spectrum)
+            batches.flush()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # of threads that are started from now on
     return seconds
 
 
-def _by_length(folder: Path, names: list[str], problems: "Problems") -> tuple[list[int], float]:
+def _by_length(
+    folder: Path, names: list[str], pool: ThreadPoolExecutor, problems: "Problems", advance: Callable[[], None]
+) -> tuple[list[int], float]:
     """The files that can be opened, by number, the longest first, and the seconds of all."""
     from atst_fast.train import audio
 
-    seconds = {}
-    for file, name in enumerate(names):
+    def length(name: str) -> float:
         try:
             info = audio.probe(folder / name, at_least=1)
-            seconds[file] = info.frames / info.rate
         except audio.AudioError as error:
             problems.add(name, f"{error} (skipped)")
+            return 0.0
+        return info.frames / info.rate
+
+    seconds = {}
+    for at in range(0, len(names), _HEADERS):
+        for file, found in enumerate(pool.map(length, names[at : at + _HEADERS]), at):
+            advance()
+            if found:
+                seconds[file] = found
     return sorted(seconds, key=lambda file: -seconds[file]), sum(seconds.values())
 
 
 def _decoded(
-    config: EmbedConfig, embedder: "Embedder", names: list[str], order: list[int], problems: "Problems"
+    config: EmbedConfig,
+    embedder: "Embedder",
+    names: list[str],
+    order: list[int],
+    pool: ThreadPoolExecutor,
+    most: int,
+    problems: "Problems",
 ) -> Iterator[Spectrogram]:
-    """The spectrogram of every usable file in that order, made by threads a few files ahead."""
+    """The spectrogram of every usable file in that order, made by threads up to ``most`` files ahead."""
     from atst_fast.train import audio
 
-    workers = config.workers or min(4, os.cpu_count() or 1)
-    threads = torch.get_num_threads()
-    # one thread each: a team of threads for every one of these would only get in the way of the encoder's
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        todo = iter(order)
-        ahead: list[tuple[int, Future[Spectrogram]]] = []
+    todo = iter(order)
+    ahead: deque[tuple[int, Future[Spectrogram]]] = deque()
 
-        def submit(n: int) -> None:
-            for file in islice(todo, n):
-                path = config.folder / names[file]
-                ahead.append((file, pool.submit(spectrogram, path, file, embedder, config.out.parent)))
+    def submit(n: int) -> None:
+        for file in islice(todo, n):
+            path = config.folder / names[file]
+            ahead.append((file, pool.submit(spectrogram, path, file, embedder, config.out.parent)))
 
+    submit(most)
+    while ahead:
+        file, future = ahead.popleft()
         try:
-            submit(workers + 1)
-            while ahead:
-                file, future = ahead.pop(0)
-                try:
-                    result = future.result()
-                except audio.AudioError as error:
-                    problems.add(names[file], f"{error} (skipped)")
-                    result = None
-                submit(1)
-                if result is None:
-                    continue
-                yield result
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)  # of what is started from now on
+            result = future.result()
+        except audio.AudioError as error:
+            problems.add(names[file], f"{error} (skipped)")
+            submit(1)
+        else:
+            submit(1)
+            yield result
 
 
-class Encoder:
+class _Batches:
     """Collects chunks until there are enough for a batch, and hands its results to ``rows``."""
 
     def __init__(self, embedder: "Embedder", rows: "Rows", kind: Literal["scene", "timestamps"], advance: Any):

@@ -1,6 +1,11 @@
+import copy
+import json
+import pickle
+
 import pytest
 import torch
 
+from atst_fast.integrations import CheckpointError, load_checkpoint
 from atst_fast.integrations.embedding import Embedder
 from atst_fast.integrations.mel_stream import floor_and_scale, stream_decibels
 from atst_fast.models import ClipEncoder, FrameEncoder
@@ -320,3 +325,41 @@ def test_clip_sees_six_seconds_at_once():
     assert clip_embedder(1001, chunk_frames=1000).chunk_frames == 1000
     assert Embedder(encoder()).chunk_frames == 1000
     assert Embedder(encoder(), official=True).chunk_frames == 1001
+
+
+# folders
+
+
+@pytest.mark.parametrize("make", [embedder, clip_embedder])
+@torch.no_grad()
+def test_an_embedder_comes_back_from_its_folder(make, tmp_path):
+    pytest.importorskip("safetensors", reason="needs the extra train")
+    front_end = {"top_db": 40.0, "minmax": (-60.0, 40.0), "f_min": 100.0, "win_length": 640}
+    saved = make(n_blocks=1, batch_size=3, chunk_frames=60, front_end=front_end)
+    assert saved.save_pretrained(tmp_path / "folder") == tmp_path / "folder"
+    loaded, waveform = Embedder.from_pretrained(tmp_path / "folder"), noise(2, 30000)
+    assert not loaded.training
+    assert loaded.to_config() == saved.to_config()
+    assert torch.equal(loaded.scene(waveform), saved.scene(waveform))
+    checkpoint = load_checkpoint(tmp_path / "folder")
+    again = Embedder(checkpoint.encoder, checkpoint.front_end, n_blocks=1, batch_size=3, chunk_frames=60)
+    assert torch.equal(again.scene(waveform), saved.scene(waveform))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    pytest.importorskip("safetensors", reason="needs the extra train")
+    encoder().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="holds a module of class FrameEncoder, not Embedder"):
+        Embedder.from_pretrained(tmp_path)
+    embedder().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"encoder": "Other"}))
+    with pytest.raises(CheckpointError, match=r"its config.json describes no Embedder \(KeyError\('Other'\)\)"):
+        Embedder.from_pretrained(tmp_path)
+
+
+def test_copies_and_pickles_give_the_same():
+    e, waveform = embedder(), noise(1, 20000)
+    with torch.no_grad():
+        for same in (copy.deepcopy(e), pickle.loads(pickle.dumps(e))):
+            assert torch.equal(same.scene(waveform), e.scene(waveform))
