@@ -1,5 +1,7 @@
 """Fused steps for the data transforms that audiossl runs clip by clip: log-mel, and mixup with a random resize crop."""
 
+# ruff: noqa: NPY002 (the originals draw from numpy's global generator, and so does what replaces them)
+
 import copy
 import random
 from collections.abc import Iterator
@@ -95,9 +97,9 @@ class _FusedStep:
 
 def _seeded(step: Any, x: Tensor, seed: int) -> tuple:
     """What a step makes of ``x``, and what both generators draw after it."""
-    np.random.seed(seed)  # noqa: NPY002
+    np.random.seed(seed)
     random.seed(seed)
-    return step(x.clone()), np.random.random(), random.random()  # noqa: NPY002
+    return step(x.clone()), np.random.random(), random.random()
 
 
 def _has(step: Any, *names: str) -> bool:
@@ -178,7 +180,7 @@ class FusedViews(_FusedStep):
         return _has(step, "virtual_crop_scale", "freq_scale", "time_scale", "interpolation")
 
     def check(self) -> None:
-        states = np.random.get_state(), random.getstate()  # noqa: NPY002 (whose state the originals use)
+        states = np.random.get_state(), random.getstate()
         generator = torch.Generator().manual_seed(0)
         clips = [torch.randn(1, 8, 12 + 3 * (i % 3), generator=generator) for i in range(6)]
         try:
@@ -196,7 +198,7 @@ class FusedViews(_FusedStep):
         except Exception as error:
             raise Unknown(f"it does not run as expected: {error}") from error
         finally:
-            np.random.set_state(states[0])  # noqa: NPY002
+            np.random.set_state(states[0])
             random.setstate(states[1])
 
     def __call__(self, x: Any) -> Any:
@@ -223,12 +225,12 @@ class FusedViews(_FusedStep):
         """As Mixup draws: the weight, whom, and where one of another width lies."""
         if self.mixup is None:
             return None, 0, 0.0
-        alpha = self.mixup.ratio * np.random.random()  # noqa: NPY002
+        alpha = self.mixup.ratio * np.random.random()
         if not bank:
             return None, 0, alpha
-        partner = bank[np.random.randint(len(bank))]  # noqa: NPY002
+        partner = bank[np.random.randint(len(bank))]
         slack = abs(partner.shape[2] - x.shape[2])
-        return partner, int(np.random.randint(0, slack)) if slack else 0, alpha  # noqa: NPY002
+        return partner, int(np.random.randint(0, slack)) if slack else 0, alpha
 
     def _draw_crop(self, x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
         """As RandomResizeCrop draws: the canvas, and first bin, first frame, height and width on it."""
@@ -237,7 +239,7 @@ class FusedViews(_FusedStep):
             return size, (0, 0, *size)
         canvas = tuple(int(n * c) for n, c in zip(size, self.crop.virtual_crop_scale))
         scales = self.crop.freq_scale, self.crop.time_scale
-        drawn = [int(np.random.uniform(*scale) * n) for scale, n in zip(scales, size)]  # noqa: NPY002
+        drawn = [int(np.random.uniform(*scale) * n) for scale, n in zip(scales, size)]
         h, w = (min(max(n, 1), most) for n, most in zip(drawn, canvas))
         i, j = (random.randint(0, most - n) if most > n else 0 for n, most in zip((h, w), canvas))
         return (canvas[0], canvas[1]), (i, j, h, w)
