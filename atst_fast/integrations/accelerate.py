@@ -82,7 +82,9 @@ def accelerate(
     fused block. A call that asks for more than the fused forward has, such as ``return_attention=True``, runs the
     original forward, as does a block whose insides get a hook later.
 
-    Numbers are those of the original up to float32 rounding: sums are added in another order. Gradients are of first
+    Numbers are those of the original up to float32 rounding: sums are added in another order. (A clip without a valid
+    token attends to its padding, as there; the original adds -10000 to those scores, which rounds them to 1e-3 and in
+    bfloat16 to nothing, and these are not rounded.) Gradients are of first
     order. Under autocast the residual stream keeps its dtype, and the patch embedding is computed in that of its
     weights. A copy, a pickle or a replica of an accelerated model is accelerated too; TorchScript must come before, and
     such a module is left.
