@@ -10,9 +10,9 @@ the optimizer, nor the loss curve.
     +print(atst_fast.accelerate_transforms(data.dataset.transform))
      trainer: Trainer = Trainer(...)
 
-This script shows what that does. With audiossl installed it takes audiossl's model; without it, a small model of the same
-structure from atst_fast's source tree stands in. It trains some steps, plain and accelerated, from the same state and
-with the same draws, prints the table of what was replaced, both losses and both times:
+This script shows what that does. With audiossl installed it takes audiossl's model; without it, a small model of the
+same structure from atst_fast's source tree stands in. It trains some steps, plain and accelerated, from the same state
+and with the same draws, prints the table of what was replaced, both losses and both times:
 
     python examples/accelerate_audiossl.py [--steps 20] [--clips 8]
 """
@@ -62,7 +62,7 @@ def batches(steps, clips):
 def train(model, steps, clips, device):
     """Losses, and seconds per step after the first two."""
     model.to(device)
-    optimizer = torch.optim.AdamW(model.student.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.student.parameters(), lr=1e-4, eps=1e-6)  # audiossl's epsilon
     torch.manual_seed(1)
     losses, started = [], 0.0
     for step, batch in enumerate(batches(steps, clips)):

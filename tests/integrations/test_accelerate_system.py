@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from atst_fast import accelerate, restore
@@ -203,6 +204,24 @@ def test_a_block_compiles_to_one_graph():
                 results.append(b(x, length))
             torch.testing.assert_close(*results, rtol=NETWORK_RTOL, atol=NETWORK_RTOL)
             results[0].sum().backward()
+
+
+@pytest.mark.parametrize("first", ["DDP", "accelerate"])
+@pytest.mark.parametrize("kind", ["frame", "clip"])
+def test_ddp(kind, first):
+    """DDP reduces the gradients of the same parameters, whichever comes first."""
+    model, data = make(kind), batch(kind)
+    want = run(model, data)
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        if first == "accelerate":
+            accelerate(model)
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        assert len(accelerate(wrapped).replaced) == 11
+        assert_same(run(wrapped, data), _named(want, "module."))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_checkpointed_blocks():
