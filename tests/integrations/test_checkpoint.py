@@ -137,6 +137,7 @@ def test_a_bare_encoder_with_a_head_beside_it(system, tmp_path):
         ({"n_mels": 80, "patch": (16, 16), "patch_embed": "CNN"}, {"n_mels": 80}),
         ({"n_mels": 64, "patch": (64, 2)}, {"patch_w": 2}),
         ({"max_frames": 43}, {"spec_w": 43}),
+        ({}, {"spec_w": 1001}),  # of the input, and not what the positions are for
         ({"pos_type": "interpolate"}, {"pos_type": "interpolate"}),
         ({"drop_path_rate": 0.2}, {"drop_path_rate": 0.2}),
     ],

@@ -170,6 +170,16 @@ def test_sizes_that_no_shape_shows_are_kept(tmp_path):
         assert loaded.front_end["n_mels"] == 128
 
 
+def test_each_network_of_a_file_has_its_own_sizes(tmp_path):
+    sizes = ({"dim": 48, "depth": 1, "num_heads": 3}, {"dim": 48, "depth": 2, "num_heads": 2})
+    encoders = {"teacher": moved(ClipEncoder(sizes[0])), "student": moved(FrameEncoder(sizes[1], max_frames=43))}
+    save_checkpoint(tmp_path / "a.ckpt", encoders, layout="distilled")
+    for which, encoder in encoders.items():
+        loaded = load_checkpoint(tmp_path / "a.ckpt", which)
+        assert loaded.encoder.config == encoder.config
+        assert_same(loaded.encoder.state_dict(), encoder.state_dict())
+
+
 def test_the_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     path = save_checkpoint(tmp_path / "a.safetensors", frame_system(), layout="safetensors")
     mask = os.umask(0)
