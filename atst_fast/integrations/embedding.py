@@ -58,7 +58,8 @@ class Embedder(Pretrained):
     ):
         super().__init__()
         if not isinstance(encoder, FrameEncoder | ClipEncoder):
-            _checks.fail(_NAME, "encoder", "a FrameEncoder or a ClipEncoder", encoder, TypeError)
+            kind = type(encoder).__name__  # and not all that it holds
+            raise TypeError(f"{_NAME}: encoder must be a FrameEncoder or a ClipEncoder, got a {kind}")
         if not isinstance(front_end, LogMelSpectrogram):
             front_end = LogMelSpectrogram(**{"n_mels": encoder.n_mels, **(front_end or {})})
         bands = front_end.mel_scale.get_buffer("fb").shape[1]

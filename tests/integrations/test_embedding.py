@@ -1,11 +1,10 @@
 import copy
-import json
 import pickle
 
 import pytest
 import torch
 
-from atst_fast.integrations import CheckpointError, load_checkpoint
+from atst_fast.integrations import load_checkpoint
 from atst_fast.integrations.embedding import Embedder
 from atst_fast.integrations.mel_stream import floor_and_scale, stream_decibels
 from atst_fast.models import ClipEncoder, FrameEncoder
@@ -232,7 +231,7 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_something_else_is_no_encoder():
-    with pytest.raises(TypeError, match="Embedder: encoder must be a FrameEncoder or a ClipEncoder, got"):
+    with pytest.raises(TypeError, match="Embedder: encoder must be a FrameEncoder or a ClipEncoder, got a Linear$"):
         Embedder(torch.nn.Linear(2, 2))
 
 
@@ -344,18 +343,6 @@ def test_an_embedder_comes_back_from_its_folder(make, tmp_path):
     checkpoint = load_checkpoint(tmp_path / "folder")
     again = Embedder(checkpoint.encoder, checkpoint.front_end, n_blocks=1, batch_size=3, chunk_frames=60)
     assert torch.equal(again.scene(waveform), saved.scene(waveform))
-
-
-def test_a_folder_of_something_else_is_refused(tmp_path):
-    pytest.importorskip("safetensors", reason="needs the extra train")
-    encoder().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="holds a module of class FrameEncoder, not Embedder"):
-        Embedder.from_pretrained(tmp_path)
-    embedder().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"encoder": "Other"}))
-    with pytest.raises(CheckpointError, match=r"its config.json describes no Embedder \(KeyError\('Other'\)\)"):
-        Embedder.from_pretrained(tmp_path)
 
 
 def test_copies_and_pickles_give_the_same():
