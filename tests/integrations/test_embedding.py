@@ -231,7 +231,7 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_something_else_is_no_encoder():
-    with pytest.raises(TypeError, match="Embedder: encoder must be a FrameEncoder or a ClipEncoder, got a Linear$"):
+    with pytest.raises(TypeError, match=r"Embedder: encoder must be a FrameEncoder or a ClipEncoder, got a Linear$"):
         Embedder(torch.nn.Linear(2, 2))
 
 
