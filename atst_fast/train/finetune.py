@@ -61,7 +61,7 @@ class FinetuneRun:
             raise UserError(f"--level frame needs the events of every file, which {config.data} does not have")
         held, used = held_out(self.task.train, config.validation, config.seed)
         if len(used) < config.batch_size:
-            raise UserError(f"{len(used)} files to train on do not fill one batch of {config.batch_size}; --batch-size")
+            raise UserError(f"{len(used)} files to train on do not fill one batch: a smaller --batch-size?")
         self.settings = resolve(config, len(used) // config.batch_size, all(len(f.labels) == 1 for f in used))
         self.settings["files"] = fingerprint([*self.task.train, *self.task.test])
         s, self.steps = self.settings, self.settings["steps"]
@@ -69,10 +69,7 @@ class FinetuneRun:
         torch.manual_seed(config.seed)
         self.model, self.front_end = self.build()
         self.model.to(self.device)
-        if config.level == "frame" and self.tagger.encoder.grid[0] != 1:
-            raise UserError(
-                f"--level frame needs one token at a time; {config.checkpoint} has {self.tagger.encoder.grid[0]}"
-            )
+        self.check_encoder()
         width, labels = self.tagger.encoder.patch_embed.patch_width, self.task.labels
         per_token = width if config.level == "frame" else None
         reader = Reader(used, config.workers)
@@ -95,6 +92,14 @@ class FinetuneRun:
         encoder, front_end = pretrained(c.checkpoint, c.encoder, c.drop_path)
         chunk, labels = self.chunk_frames, len(self.task.labels)
         return FineTuned(encoder, labels, level=c.level, chunk_frames=chunk, scale_bug=c.scale_bug), front_end
+
+    def check_encoder(self) -> None:
+        encoder, c = self.tagger.encoder, self.config
+        if c.level == "frame" and encoder.grid[0] != 1:
+            raise UserError(f"--level frame needs one token at a time; {c.checkpoint} has {encoder.grid[0]}")
+        if self.tagger.chunk_frames > encoder.max_frames:
+            longest = encoder.max_frames / 100
+            raise UserError(f"--chunk-seconds must be at most {longest} with {c.checkpoint}, got {c.chunk_seconds}")
 
     def losses(self, mel: Tensor, lengths: Tensor, targets: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         """The loss, by that name, and what it consists of."""

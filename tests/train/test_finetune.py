@@ -313,7 +313,8 @@ def test_messages(data, frame, clip, teachers, tmp_path):
         with pytest.raises(UserError, match=message):
             run(distillation(config, teacher) if teacher else config)
 
-    refused("do not fill one batch of 32", batch_size=32)
+    refused("13 files to train on do not fill one batch: a smaller --batch-size", batch_size=32)
+    refused("--chunk-seconds must be at most 0.81 with .*, got 0.9", chunk_seconds=0.9)
     refused("nowhere: No such file", start=tmp_path / "nowhere")
     refused("--checkpoint must be an ATST-Frame, got an ATST-Clip", start=clip, run=distill, teacher=teachers["clip"])
     refused("was fine-tuned at level clip, and --level is frame", run=distill, teacher=teachers["clip"], level="frame")
