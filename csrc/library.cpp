@@ -8,7 +8,7 @@
 // clang-format off
 STABLE_TORCH_LIBRARY(ATST_LIBRARY, m) {
   // log_mel
-  m.def("log_mel(Tensor waveform, Tensor window, Tensor fb, Tensor? lengths, int hop_length, float? top_db, float scale, float bias, int group, bool decibels=True) -> Tensor");
+  m.def("log_mel(Tensor waveform, Tensor window, Tensor fb, Tensor? lengths, int hop_length, float? top_db, float scale, float bias, SymInt group, bool decibels=True) -> Tensor");
 
   // kaldi_fbank
   m.def("kaldi_fbank(Tensor waveform, Tensor window, Tensor fb, Tensor? lengths, int frame_shift, float preemphasis, bool remove_dc_offset) -> Tensor");
@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY(ATST_LIBRARY, m) {
 
   // patch_embed
   m.def("patch_embed(Tensor mel, Tensor weight, Tensor? bias, Tensor? mask, Tensor? mask_embed, Tensor? pos_embed, int[] patch, int[] stride) -> Tensor");
-  m.def("patch_embed_backward(Tensor grad, Tensor mel, Tensor weight, Tensor? mask, int pos_rows, bool needs_mel, int[] patch, int[] stride) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("patch_embed_backward(Tensor grad, Tensor mel, Tensor weight, Tensor? mask, SymInt pos_rows, bool needs_mel, int[] patch, int[] stride) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // rows
   m.def("select_rows(Tensor x, Tensor rows, Tensor inverse) -> Tensor");
@@ -26,8 +26,8 @@ STABLE_TORCH_LIBRARY(ATST_LIBRARY, m) {
   // frame_attention
   m.def("frame_attention(Tensor qkv, Tensor? lengths, int num_heads, float scale, bool attend_padded) -> (Tensor out, Tensor lse)");
   m.def("frame_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor? lengths, int num_heads, float scale, bool attend_padded) -> Tensor");
-  m.def("frame_attention_packed(Tensor q, Tensor kv, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, int num_heads, float scale) -> (Tensor out, Tensor lse)");
-  m.def("frame_attention_packed_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, int num_heads, float scale) -> (Tensor, Tensor)");
+  m.def("frame_attention_packed(Tensor q, Tensor kv, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int num_heads, float scale) -> (Tensor out, Tensor lse)");
+  m.def("frame_attention_packed_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, int num_heads, float scale) -> (Tensor, Tensor)");
 
   // add_norm
   m.def("add_norm(Tensor x, Tensor? y, Tensor? bias, Tensor? scale, Tensor? weight, Tensor? norm_bias, float eps) -> (Tensor sum, Tensor normed, Tensor mean, Tensor rstd)");

@@ -64,7 +64,7 @@ def _both(lengths1: Tensor | None, lengths2: Tensor | None, mel: Tensor) -> Tens
     clips, frames = mel.shape[0], mel.shape[-1]
     for name, lengths in (("lengths1", lengths1), ("lengths2", lengths2)):
         if lengths is not None:
-            expected = f"[{clips}] (valid frames of each clip, 0 to {frames})"
+            expected = _checks.Later("[{}] (valid frames of each clip, 0 to {})", clips, frames)
             _checks.tensor(_NAME, name, lengths, expected, dim=1, dtypes=(torch.int64,))
             if lengths.shape[0] != clips:
                 _checks.fail(_NAME, name, expected, lengths)

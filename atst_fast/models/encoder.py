@@ -171,7 +171,7 @@ class Encoder(Pretrained):
             _checks.fail(self._name, "mel", expected, mel)
 
     def _check_mask(self, mask: Tensor, clips: int, tokens: int) -> None:
-        expected = f"[{clips}, {tokens}] (clips, tokens)"
+        expected = _checks.Later("[{}, {}] (clips, tokens)", clips, tokens)
         _checks.tensor(self._name, "mask", mask, expected, dim=2, dtypes=(torch.bool,))
         if mask.shape != (clips, tokens):
             _checks.fail(self._name, "mask", expected, mask)
@@ -195,7 +195,7 @@ class Encoder(Pretrained):
         if lengths is None:
             return None, None
         frames = mel.shape[3]
-        expected = f"[{mel.shape[0]}] (valid frames of each clip, 0 to {frames})"
+        expected = _checks.Later("[{}] (valid frames of each clip, 0 to {})", mel.shape[0], frames)
         _checks.tensor(self._name, "lengths", lengths, expected, dim=1, dtypes=(torch.int64,))
         if lengths.shape[0] != mel.shape[0]:
             _checks.fail(self._name, "lengths", expected, lengths)

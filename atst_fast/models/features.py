@@ -128,20 +128,16 @@ def _chunks(
     axes = f"[B, 1, {encoder.n_mels}, T] (clips, 1, mel bins, frames)"
     _checks.tensor(name, "mel", mel, axes, dim=4)
     if chunk_frames < encoder.patch_embed.patch_width:
-        expected = f"at least {encoder.patch_embed.patch_width} frames, the width of a token"
-        _checks.fail(name, "chunk_frames", expected, chunk_frames)
-    clips, frames = len(mel), mel.shape[3]
+        wide = f"at least {encoder.patch_embed.patch_width} frames, the width of a token"
+        _checks.fail(name, "chunk_frames", wide, chunk_frames)
+    clips, frames = mel.shape[0], mel.shape[3]
     if lengths is None:
         lengths = torch.full((clips,), frames)
-    expected = f"[{clips}] (valid frames of each clip, 0 to {frames})"
+    expected = _checks.Later("[{}] (valid frames of each clip, 0 to {})", clips, frames)
     _checks.tensor(name, "lengths", lengths, expected, dim=1, dtypes=(torch.int64,))
-    if len(lengths) != clips:
+    if lengths.shape[0] != clips:
         _checks.fail(name, "lengths", expected, lengths)
-    if (
-        lengths.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not ((lengths >= 0) & (lengths <= frames)).all()
-    ):
+    if _checks.readable(lengths) and not ((lengths >= 0) & (lengths <= frames)).all():
         _checks.fail(name, "lengths", expected, lengths.tolist())
     whole = frames // chunk_frames
     # a remainder of at most half a chunk cannot count

@@ -8,6 +8,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
+class Later:
+    """``template.format(*values)``, put together only where it is shown: to put a size into a string makes a number of
+    it, and a trace would hold for that size alone."""
+
+    def __init__(self, template: str, *values: Any):
+        self.template, self.values = template, values
+
+    def __str__(self) -> str:
+        return self.template.format(*self.values)
+
+
 def describe(value: Any) -> str:
     """A value as an error message shows it: tensors as dtype, shape and device."""
     if isinstance(value, Tensor):
@@ -15,13 +26,13 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-def fail(op: str, name: str, expected: str, got: Any, error: type[Exception] = ValueError) -> NoReturn:
+def fail(op: str, name: str, expected: str | Later, got: Any, error: type[Exception] = ValueError) -> NoReturn:
     """Raise ``<op>: <name> must be <expected>, got <got>``."""
     raise error(f"{op}: {name} must be {expected}, got {describe(got)}")
 
 
 def tensor(
-    op: str, name: str, value: Any, expected: str, *, dim: int | None = None, dtypes: Sequence[torch.dtype] = ()
+    op: str, name: str, value: Any, expected: str | Later, *, dim: int | None = None, dtypes: Sequence[torch.dtype] = ()
 ) -> None:
     """Check that ``value`` is a tensor of that rank and one of those dtypes; ``expected`` gives the axes in words."""
     if not isinstance(value, Tensor):
@@ -57,7 +68,7 @@ def same_device(op: str, first: str, a: Tensor, **others: Tensor | None) -> None
 
 def row(op: str, name: str, value: Any, of: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> None:
     """Check that ``value`` is ``[D]``, one number for each place of the last axis of ``x`` (the argument ``of``)."""
-    expected = f"[{x.shape[-1]}] (the last axis of {of})"
+    expected = Later("[{}] (the last axis of {})", x.shape[-1], of)
     tensor(op, name, value, expected, dim=1, dtypes=dtypes)
     if value.shape[0] != x.shape[-1]:
         fail(op, name, expected, value)

@@ -64,18 +64,18 @@ def _check(x, y, bias, scale, weight, norm_bias, eps) -> None:
     if x.dim() < 2 or x.shape[-1] < 1:
         _checks.fail(_OP, "x", "[N, ..., D] with at least 2 axes and D at least 1", x)
     if y is not None:
-        expected = f"of shape {list(x.shape)}, as x"
+        expected = _checks.Later("of shape {}, as x", list(x.shape))
         _checks.tensor(_OP, "y", y, expected, dtypes=_DTYPES)
         if y.shape != x.shape:
             _checks.fail(_OP, "y", expected, y)
-    width = f"[{x.shape[-1]}] (the last axis of x)"
+    width = _checks.Later("[{}] (the last axis of x)", x.shape[-1])
     for name, row in (("bias", bias), ("weight", weight), ("norm_bias", norm_bias)):
         if row is not None:
             _checks.tensor(_OP, name, row, width, dim=1, dtypes=_DTYPES)
             if row.shape[0] != x.shape[-1]:
                 _checks.fail(_OP, name, width, row)
     if scale is not None:
-        items = f"[{x.shape[0]}] (the items of x)"
+        items = _checks.Later("[{}] (the items of x)", x.shape[0])
         _checks.tensor(_OP, "scale", scale, items, dim=1, dtypes=(torch.float32,))
         if scale.shape[0] != x.shape[0]:
             _checks.fail(_OP, "scale", items, scale)

@@ -72,12 +72,13 @@ def add_branch(
         if x.dim() < 2:
             _checks.fail(op, "x", "[N, ..., D] when kept is given", x)
         shape[0] = kept.shape[0]
-    _checks.tensor(op, "y", y, f"of shape {shape}", dtypes=_DTYPES)
+    of_y = _checks.Later("of shape {}", shape)
+    _checks.tensor(op, "y", y, of_y, dtypes=_DTYPES)
     if list(y.shape) != shape:
-        _checks.fail(op, "y", f"of shape {shape}", y)
+        _checks.fail(op, "y", of_y, y)
     _checks.same_device(op, "x", x, y=y, kept=kept, scale=scale)
     if scale is not None:
-        expected = f"[{shape[0]}] (the items of y)"
+        expected = _checks.Later("[{}] (the items of y)", shape[0])
         _checks.tensor(op, "scale", scale, expected, dim=1, dtypes=(torch.float32,))
         if scale.shape[0] != shape[0] or x.dim() < 2:
             _checks.fail(op, "scale", expected, scale)

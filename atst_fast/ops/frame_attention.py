@@ -134,7 +134,7 @@ def _scale(op: str, scale: float | None, head_dim: int) -> float:
 
 def _check_lengths(op: str, lengths: Tensor, qkv: Tensor) -> Tensor:
     batch, tokens = qkv.shape[:2]
-    expected = f"[B] = [{batch}], the valid tokens of each clip"
+    expected = _checks.Later("[B] = [{}], the valid tokens of each clip", batch)
     _checks.tensor(op, "lengths", lengths, expected, dim=1, dtypes=(torch.int64, torch.int32))
     if lengths.shape[0] != batch:
         _checks.fail(op, "lengths", expected, lengths)
@@ -147,7 +147,7 @@ def _check_lengths(op: str, lengths: Tensor, qkv: Tensor) -> Tensor:
 
 
 def _check_offsets(op: str, name: str, offsets: Tensor, rows: Tensor, rows_name: str) -> Tensor:
-    expected = f"[S + 1] ascending from 0 to at most the {rows.shape[0]} rows of {rows_name}"
+    expected = _checks.Later("[S + 1] ascending from 0 to at most the {} rows of {}", rows.shape[0], rows_name)
     _checks.tensor(op, name, offsets, expected, dim=1, dtypes=(torch.int64, torch.int32))
     _checks.same_device(op, rows_name, rows, **{name: offsets})
     if _checks.readable(offsets):

@@ -247,7 +247,7 @@ def _check_lengths(lengths: Tensor, waveform: Tensor) -> Tensor:
     shape, samples = waveform.shape, waveform.shape[-1]
     if len(shape) != 2 and not (len(shape) == 3 and shape[1] == 1):
         _checks.fail(_OP, "waveform", "[B, N] or [B, 1, N] when lengths is given", waveform)
-    expected = f"[B] = [{shape[0]}], the valid samples of each clip"
+    expected = _checks.Later("[B] = [{}], the valid samples of each clip", shape[0])
     _checks.tensor(_OP, "lengths", lengths, expected, dim=1, dtypes=(torch.int64, torch.int32))
     if lengths.shape[0] != shape[0]:
         _checks.fail(_OP, "lengths", expected, lengths)

@@ -66,8 +66,11 @@ def log_mel(
         TypeError: waveform, lengths or dtype of another dtype. ValueError: a shape, length or setting out of range.
     """
     device = waveform.device if isinstance(waveform, Tensor) else _CPU
-    # detached: of what it takes for a constant, torch.compile does not know whether it needs a gradient
-    window, fb = (t.detach() for t in _constant_tables(sample_rate, n_fft, win_length, f_min, f_max, n_mels, device))
+    settings = (sample_rate, n_fft, win_length, f_min, f_max, n_mels)
+    if torch.compiler.is_compiling():  # torch.compile cannot look into the cache
+        window, fb = (table.to(device) for table in make_tables(*settings))
+    else:
+        window, fb = tables(*settings, device)
     return log_mel_with(waveform, window, fb, hop_length, top_db=top_db, minmax=minmax, lengths=lengths, dtype=dtype)
 
 
@@ -116,12 +119,6 @@ def log_mel_with(
     else:
         out = torch.ops.atst_fast.log_mel(*args)
     return out.reshape(*waveform.shape[:-1], *out.shape[1:]).to(dtype)
-
-
-@torch.compiler.assume_constant_result
-def _constant_tables(*settings) -> tuple[Tensor, Tensor]:
-    """`tables`, which `torch.compile` is not to look into."""
-    return tables(*settings)
 
 
 @lru_cache(maxsize=32)
@@ -190,15 +187,15 @@ def _check_lengths(lengths: Tensor, waveform: Tensor, n_fft: int) -> Tensor:
     shape, samples = waveform.shape, waveform.shape[-1]
     if len(shape) != 2 and not (len(shape) == 3 and shape[1] == 1):
         _checks.fail(_OP, "waveform", "[B, N] or [B, 1, N] when lengths is given", waveform)
-    expected = f"[B] = [{shape[0]}], the valid samples of each clip"
+    expected = _checks.Later("[B] = [{}], the valid samples of each clip", shape[0])
     _checks.tensor(_OP, "lengths", lengths, expected, dim=1, dtypes=(torch.int64, torch.int32))
     if lengths.shape[0] != shape[0]:
         _checks.fail(_OP, "lengths", expected, lengths)
     if _checks.readable(lengths):
         for clip, n in enumerate(lengths.tolist()):
             if n != 0 and not n_fft // 2 < n <= samples:
-                expected = f"0, or more than n_fft // 2 = {n_fft // 2} and at most N = {samples}"
-                raise ValueError(f"{_OP}: lengths[{clip}] must be {expected}, got {n}")
+                possible = f"0, or more than n_fft // 2 = {n_fft // 2} and at most N = {samples}"
+                raise ValueError(f"{_OP}: lengths[{clip}] must be {possible}, got {n}")
     return lengths.to(torch.int64).contiguous()
 
 

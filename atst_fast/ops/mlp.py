@@ -49,7 +49,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
 
 
 def _weight(name: str, weight: Tensor, rows: str, columns: int, of: str) -> None:
-    expected = f"[{rows}, {columns}] ({of})"
+    expected = _checks.Later("[{}, {}] ({})", rows, columns, of)
     _checks.tensor(_OP, name, weight, expected, dim=2, dtypes=_DTYPES)
     if weight.shape[1] != columns or weight.shape[0] < 1:
         _checks.fail(_OP, name, expected, weight)

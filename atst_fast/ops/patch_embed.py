@@ -58,7 +58,7 @@ def patch_embed(
     width = weight.shape[0]
     tokens = _count(mel.shape[2], ph, stride[0]) * _count(mel.shape[3], pw, stride[1])
     if mask is not None:
-        expected = f"[B, L] = [{mel.shape[0]}, {tokens}]"
+        expected = _checks.Later("[B, L] = [{}, {}]", mel.shape[0], tokens)
         _checks.tensor(_OP, "mask", mask, expected, dim=2, dtypes=(torch.bool,))
         if mask.shape != (mel.shape[0], tokens):
             _checks.fail(_OP, "mask", expected, mask)
@@ -109,7 +109,7 @@ def _vector(name: str, value: Tensor | None, width: int) -> Tensor | None:
 def _positions(value: Tensor | None, tokens: int, width: int) -> Tensor | None:
     if value is None:
         return None
-    expected = f"[L', D] or [1, L', D] with L' >= L = {tokens} and D = {width}"
+    expected = _checks.Later("[L', D] or [1, L', D] with L' >= L = {} and D = {}", tokens, width)
     _checks.tensor(_OP, "pos_embed", value, expected, dtypes=_DTYPES)
     if value.dim() == 3 and value.shape[0] == 1:
         value = value[0]

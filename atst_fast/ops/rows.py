@@ -28,7 +28,7 @@ def select_rows(x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     """
     _checks.tensor(_OP, "x", x, "[R, D] (rows, width)", dim=2, dtypes=_DTYPES)
     _checks.tensor(_OP, "rows", rows, "[C] (the rows to take, or -1)", dim=1, dtypes=(torch.int64,))
-    expected = f"[R] = [{x.shape[0]}] (the place of each row of x in rows, or -1)"
+    expected = _checks.Later("[R] = [{}] (the place of each row of x in rows, or -1)", x.shape[0])
     _checks.tensor(_OP, "inverse", inverse, expected, dim=1, dtypes=(torch.int64,))
     if inverse.shape[0] != x.shape[0]:
         _checks.fail(_OP, "inverse", expected, inverse)

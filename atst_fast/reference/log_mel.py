@@ -1,5 +1,7 @@
 """Log-mel in plain PyTorch: torch.stft, a matrix product with the filterbank, decibels, floor, affine map."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def filterbank(n_fft: int, sample_rate: float, f_min: float, f_max: float, n_mel
     plain: dict = {"dtype": torch.float32, "device": "cpu"}
 
     def mel(hz: float) -> float:
-        return 2595.0 * float(torch.log10(torch.tensor(1.0 + hz / 700.0, dtype=torch.float64, device="cpu")))
+        return 2595.0 * math.log10(1.0 + hz / 700.0)
 
     bins = torch.linspace(0, sample_rate // 2, n_fft // 2 + 1, **plain)
     edges = 700.0 * (10.0 ** (torch.linspace(mel(f_min), mel(f_max), n_mels + 2, **plain) / 2595.0) - 1.0)
