@@ -157,7 +157,8 @@ def test_tensorboard_has_the_scalars(whole):
 def test_it_trains(whole):
     weights, _ = final(whole)
     torch.manual_seed(whole.seed)
-    fresh = pretrain.Run(but(whole, out=whole.out.with_name("fresh")), None).model.state_dict()
+    alone = pretrain.World(torch.device("cpu"))
+    fresh = pretrain.Run(but(whole, out=whole.out.with_name("fresh")), alone, None).model.state_dict()
     moved = [k for k, v in fresh.items() if not torch.equal(weights[f"model.{k}"], v)]
     frozen = {k for k in fresh if k not in moved}
     assert frozen <= {k for k in fresh if "pos_embed" in k}  # rows past the clip may be all that is left

@@ -72,7 +72,8 @@ def test_it_trains(whole):
     """Everything but the mask token, which has no part in ATST-Clip."""
     weights, _ = frame.final(whole)
     torch.manual_seed(whole.seed)
-    fresh = pretrain.Run(dataclasses.replace(whole, out=whole.out.with_name("fresh")), None).model.state_dict()
+    alone = pretrain.World(torch.device("cpu"))
+    fresh = pretrain.Run(dataclasses.replace(whole, out=whole.out.with_name("fresh")), alone, None).model.state_dict()
     still = {k for k, v in fresh.items() if torch.equal(weights[f"model.{k}"], v)}
     assert still == {"student.encoder.mask_embed", "teacher.encoder.mask_embed"}
 
