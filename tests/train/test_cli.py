@@ -23,7 +23,7 @@ def test_help_lists_every_command_without_importing_torch(arguments):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["pretrain", "pack", "info"])
+@pytest.mark.parametrize("name", ["pretrain", "pack", "embed", "info"])
 def test_options_have_help(name, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([name, "--help"])
@@ -67,7 +67,12 @@ def fake(monkeypatch, error):
 
 
 def test_missing_packages_are_named_with_their_extra(monkeypatch, capsys):
-    for package, extra in (("soundfile", "train"), ("sklearn", "train,eval"), ("tinysoundfont", "train,demo")):
+    for package, extra in (
+        ("soundfile", "train"),
+        ("pyarrow", "train,parquet"),
+        ("sklearn", "train,eval"),
+        ("tinysoundfont", "train,demo"),
+    ):
         fake(monkeypatch, ModuleNotFoundError(f"No module named {package!r}", name=package))
         assert cli.main(["probe"]) == 2
         assert capsys.readouterr().err == (
