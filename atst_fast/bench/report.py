@@ -23,6 +23,8 @@ from atst_fast.bench.session import LeftOut
 from atst_fast.files import write_atomically
 
 _COLUMNS = ("case", "provider", "median", "IQR", "rate", "of copy", "of matmul", f"x {OURS}", "parity", "")
+# A spread of this share of the median is not the code's: something else ran on the machine.
+NOISY = 0.5
 _LEFT = (0, 1, 9)  # columns that are aligned so
 
 
@@ -189,7 +191,7 @@ def _row(case: dict) -> tuple[str, ...]:
         _percent(case.get("share_of_products")),
         ratio,
         f"{extra['parity']['error']:.0e}" if "parity" in extra else "",
-        _note(extra, median),
+        _note(extra, median, noisy=case["iqr_s"] > NOISY * median),
     )
 
 
@@ -197,8 +199,8 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"
 
 
-def _note(extra: dict, median: float) -> str:
-    parts = [extra.get("note", "")]
+def _note(extra: dict, median: float, noisy: bool) -> str:
+    parts = ["noisy" * noisy, extra.get("note", "")]
     if "items" in extra:
         number, unit = extra["items"]
         parts.append(f"{number / median:,.0f} {unit}/s")

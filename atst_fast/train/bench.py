@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -27,8 +27,8 @@ class BenchConfig:
 
     ops: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """operators, such as log_mel; default: all of them"""
-    device: str = "auto"
-    """cpu or cuda; auto takes a GPU if there is one"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one; of several, CUDA_VISIBLE_DEVICES chooses"""
     providers: tuple[str, ...] = ()
     """whom to measure beside atst_fast; default: everybody who is installed"""
     size: tuple[str, ...] = ()

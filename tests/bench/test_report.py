@@ -59,6 +59,12 @@ def test_rates_are_shown_in_the_unit_that_binds():
     assert ours.endswith("all, 30 clips/s")
 
 
+def test_a_wide_spread_is_pointed_out():
+    for spread, noisy in ((0.06, True), (0.05, False)):
+        (line,) = report.tables(cpu_result(case("atst_fast", 0.1, iqr=spread)))[-1:]
+        assert line.endswith("noisy") is noisy
+
+
 def test_what_has_no_time_says_why():
     missing = [left_out("no parity: its error is 1", True, size=str(n)) for n in range(5)]
     missing.append(left_out("x is not installed (pip install x)", False))

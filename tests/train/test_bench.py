@@ -111,7 +111,6 @@ def test_threads_of_the_cases_have_rates_of_their_own():
         (["--seconds", "0"], "--seconds must be positive and at most 60, got 0.0"),
         (["--compare", "/nowhere.json"], "[Errno 2] No such file or directory: '/nowhere.json'"),
         (["--out", "/proc/nowhere"], "cannot make the folder /proc/nowhere: "),
-        (["--device", "meta"], "--device must be auto, cpu, cuda or cuda:N, got meta"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):
