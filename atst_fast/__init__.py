@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from atst_fast import models, nn, ops, optim
+    from atst_fast.ema_teacher import EMATeacher
     from atst_fast.integrations import (
         Checkpoint,
         CheckpointError,
@@ -33,6 +34,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "EMATeacher",
     "Embedder",
     "__version__",
     "accelerate",
@@ -57,6 +59,7 @@ _HOMES = {
     "build_info": "ops",
     "Checkpoint": "integrations",
     "CheckpointError": "integrations",
+    "EMATeacher": "ema_teacher",
     "Embedder": "integrations",
     "inspect_checkpoint": "integrations",
     "load_checkpoint": "integrations",

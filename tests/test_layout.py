@@ -19,6 +19,7 @@ ARROWS = {
     "ops": {"reference", "kernels", "_C"},
     "nn": {"ops"},
     "optim": {"ops"},
+    "ema_teacher": {"ops"},
     "models": {"ops", "nn", "files"},
     "integrations": {"ops", "nn", "models", "optim", "files"},
     "hear": {"integrations"},

@@ -161,3 +161,6 @@ AUTOCAST_RTOL = {"bfloat16": 0.03, "float16": 0.004}
 AUTOCAST_GRADIENT_RTOL = 0.004
 # Of the two systems: behind statistics over a dozen rows a ReLU here and there flips; seen 0.1 (bfloat16: 0.22).
 AUTOCAST_HEADS_RTOL = 0.3
+
+# EMATeacher: one rounding or two of values of about 1, for each of a few updates.
+EMA_TEACHER = 1e-6

@@ -12,8 +12,8 @@ class Head(nn.Sequential):
 
     ``[M, dim]`` to ``[M, out]``. The statistics are over all M rows (both views of all clips), and its running mean and
     variance move with every training forward. ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` makes them those of the
-    rows of all processes (on a CPU too, but there torch's DDP refuses such a module). Upstream: ``build_mlp`` in
-    ``audiossl/methods/atstframe/byol.py``.
+    rows of all processes. On a CPU too: torch's DDP refuses such a module there, so wrap the system first, then convert
+    ``replica.module``. Upstream: ``build_mlp`` in ``audiossl/methods/atstframe/byol.py``.
     """
 
     def __init__(self, dim: int, hidden: int = 4096, out: int = 256):

@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from atst_fast import ops
+from atst_fast import EMATeacher, ops
 from atst_fast.models import ATSTFrame, frame_loss
+from atst_fast.optim import AdamWEMA, param_groups
 from tests import tolerances as tol
 
 TINY = {"dim": 24, "depth": 2, "num_heads": 3}
@@ -57,6 +60,50 @@ def step(system, batch):
     return [x.detach() for x in out], grads, dict(system.named_buffers())
 
 
+def optimizer_of(system):
+    teacher = dict(zip(*system.teacher_pairs()))
+    return AdamWEMA(param_groups(system, 0.04), lr=1e-3, teacher=teacher, momentum=0.9)
+
+
+def train(module, system, batch, steps=2):
+    """Losses, and what is in the system after some steps; ``module`` is what is called for them."""
+    optimizer, losses = optimizer_of(system), []
+    for _ in range(steps):
+        loss = module(*batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses), system.state_dict()
+
+
+def replicated(batch):
+    """DistributedDataParallel refuses SyncBatchNorm on a CPU, so the heads are converted within it."""
+    replica = torch.nn.parallel.DistributedDataParallel(make_system())
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm(replica.module)
+    return train(replica, replica.module, batch)
+
+
+def sharded(batch):
+    """Each block a unit, the rest one; gradients, and a teacher that was made before, sharded likewise."""
+    system = torch.nn.SyncBatchNorm.convert_sync_batchnorm(make_system())
+    teacher = EMATeacher(system.student, 0.75, include=("encoder", "projector"), buffers="skip")
+    mesh = init_device_mesh("cpu", (2,))
+    for network in (system.student, system.teacher, teacher.module):
+        for block in network.encoder.blocks:
+            fully_shard(block, mesh=mesh)
+    fully_shard(teacher.module, mesh=mesh)
+    fully_shard(system, mesh=mesh)
+    loss = system(*batch).loss
+    loss.backward()
+    grads = {n: p.grad.full_tensor() for n, p in system.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        for p in system.student.parameters():
+            p.add_(0.5)
+    teacher.update(system.student)
+    return loss.detach(), grads, {n: p.full_tensor() for n, p in teacher.module.named_parameters()}
+
+
 def one_of_two(rank, port, folder):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -74,7 +121,7 @@ def one_of_two(rank, port, folder):
     torch.manual_seed(3)
     student, teacher = torch.randn(2, 24, 8).chunk(2, 1)[rank]
     spreads = frame_loss(student, teacher, count=torch.tensor(6 if rank else 12))[1:]
-    torch.save((alone, together, rows, spreads), folder / f"{rank}.pt")
+    torch.save((alone, together, rows, spreads, replicated(half), sharded(half)), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -105,14 +152,14 @@ def test_gradients_of_the_replicas_are_averaged(answers):
     torch.manual_seed(3)
     rows = [x[:18] for x in torch.randn(2, 24, 8)]
     want = [x.item() for x in frame_loss(*rows, symmetric=False)[1:]]
-    for *_, spreads in answers:
+    for _, _, _, spreads, *_ in answers:
         assert [x.item() for x in spreads] == pytest.approx(want, rel=1e-5)
 
 
 def test_common_statistics_are_those_of_one_process(answers):
     """Loss, gradients as DDP averages them, and running statistics."""
     loss, grads, buffers = step(make_system(), make_batch())
-    both = [together for _, together, _, _ in answers]
+    both = [together for _, together, *_ in answers]
     assert_same((both[0][0][0] + both[1][0][0]) / 2, loss[0], "loss")
     for name, grad in grads.items():
         assert_same((both[0][1][name] + both[1][1][name]) / 2, grad, name)
@@ -122,13 +169,41 @@ def test_common_statistics_are_those_of_one_process(answers):
             assert_same(process[2][name], buffer, name)
 
 
+def test_replicas_train_as_one_process(answers):
+    """Weights, teacher and running statistics after two steps of DistributedDataParallel with common statistics."""
+    system = make_system()
+    losses, state = train(system, system, make_batch())
+    both = [replicas for *_, replicas, _ in answers]
+    assert_same((both[0][0] + both[1][0]) / 2, losses, "losses")
+    for _, found in both:
+        assert found.keys() == state.keys()
+        for name, value in state.items():
+            assert_same(found[name].double(), value.double(), name)
+    for name in state:
+        assert torch.equal(both[0][1][name], both[1][1][name]), name
+
+
+def test_sharded_system_is_one_process(answers):
+    """FSDP2: loss, gradients and the update of a teacher, whose shards are averaged where they lie."""
+    system = make_system()
+    loss, grads, _ = step(system, make_batch())
+    both = [shards for *_, shards in answers]
+    assert_same((both[0][0] + both[1][0]) / 2, loss[0], "loss")
+    for _, found, teacher in both:
+        assert found.keys() == grads.keys()
+        for name, grad in grads.items():
+            assert_same(found[name], grad, name)
+        for name, value in teacher.items():
+            assert_same(value, system.student.get_parameter(name).detach() + 0.125, name)
+
+
 @pytest.mark.parametrize("which, counts", [("padded", [n - 2 for n in ROWS]), ("few", FEW)])
 def test_rows_of_processes_and_padding(answers, which, counts):
     """Different numbers of rows in either; one may have none."""
     x, weight, bias, grad = make_rows()
     x, grad = (torch.cat([part[:n] for part, n in zip(parts, counts)]) for parts in (x, grad))
     out, dx, dweight, dbias, running = norm(x, weight, bias, grad)
-    found = [rows[which] for _, _, rows, _ in answers]
+    found = [rows[which] for _, _, rows, *_ in answers]
     for i, whole in ((0, out), (1, dx)):
         torch.testing.assert_close(torch.cat([f[i][:n] for f, n in zip(found, counts)]), whole)
         assert not any(f[i][n:].any() for f, n in zip(found, counts))
