@@ -75,6 +75,8 @@ def cases(drop_path: float = 0.0) -> dict[str, Case]:
         "Mlp": Case(lambda: fast.Mlp(24, 48), lambda b: _tokens(b)[:1]),
         "PatchEmbed": Case(lambda: fast.PatchEmbed(64, 4, 24), lambda b: (_mel(b),)),
         "LogMelSpectrogram": Case(fast.LogMelSpectrogram, lambda b: (_wave(b)[0][:, None], _wave(b)[1])),
+        "KaldiFbank": Case(fast.KaldiFbank, _wave),
+        "MelSpectrogram": Case(lambda: fast.MelSpectrogram(n_fft=512), _wave),
         "FrameEncoder": Case(lambda: models.FrameEncoder(TINY, **encoder), lambda b: (_mel(b), lengths(b), mask(b))),
         "ClipEncoder": Case(lambda: models.ClipEncoder(TINY, **encoder), lambda b: (_mel(b), lengths(b))),
         "ATSTFrame": Case(
@@ -90,6 +92,7 @@ def cases(drop_path: float = 0.0) -> dict[str, Case]:
 
 CASES = cases()
 NAMES = list(CASES)
+FRONT_ENDS = ["LogMelSpectrogram", "KaldiFbank", "MelSpectrogram"]  # no parameters, float32 throughout
 # without the compositions of the others, where a case costs seconds
 SINGLE = [name for name in NAMES if name not in ("ATSTFrame", "ATSTClip", "WaveformEncoder")]
 
