@@ -72,12 +72,12 @@ def test_bf16_follows_float32():
     torch.testing.assert_close(*windows, rtol=tolerances.BF16_CURVE_RTOL, atol=0)
 
 
-@pytest.mark.parametrize("method", ["frame", "clip"])
 def test_bf16_begins_as_float32_does_in_atst_clip():
     float32, bf16 = (tiny.curve(tiny.stepper(p, method="clip", device=CUDA), 20) for p in ("float32", "bf16"))
     torch.testing.assert_close(bf16, float32, rtol=tolerances.BF16_STEP_RTOL, atol=0)
 
 
+@pytest.mark.parametrize("method", ["frame", "clip"])
 def test_pretraining_with_and_without_a_graph(tmp_path, method):
     """The same bits, also of a run that stopped and went on."""
     pytest.importorskip("soundfile", reason="needs the extra train")
