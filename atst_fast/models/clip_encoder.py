@@ -93,7 +93,7 @@ class ClipEncoder(Encoder):
         """Of the class token and all tokens, or of the tokens alone."""
         tokens = self.tokens(frames)
         if self.pos_type == "cut":
-            rows = tokens + self.use_cls
+            rows = tokens + int(self.use_cls)  # a bool in a sum is not a number to a trace of torch 2.11
             self._check_positions(rows, self.pos_embed.shape[1], frames)
             return self.pos_embed[:, :rows]
         if tokens == self.pos_embed.shape[1] - 1 and frames == self.max_frames:
