@@ -79,9 +79,13 @@ def load_network(
     """Encoder and front end of one network of a file; ``CheckpointError`` with the list of what does not fit."""
     weights = {k: content.tensors[network.prefix + k] for k in network.keys}
     config = config_of(content.config, network.role, layout.name)
-    kind: type[FrameEncoder | ClipEncoder] = ClipEncoder if is_clip(weights) else FrameEncoder
+    known = weights
+    if layout.name in STRICT and "model" not in config:
+        # student and teacher are of one shape there: what one has and the other lacks is missing
+        known = {k: content.tensors[n.prefix + k] for n in layout.networks for k in n.keys} | weights
+    kind: type[FrameEncoder | ClipEncoder] = ClipEncoder if is_clip(known) else FrameEncoder
     try:
-        encoder = kind.from_config({"model": encoder_settings(config, weights, num_heads, source)})
+        encoder = kind.from_config({"model": encoder_settings(config, known, num_heads, source)})
     except CheckpointError:
         raise
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -54,7 +54,9 @@ def encoder_settings(
     dim = _most(w.shape[0] for k, w in weights.items() if k.endswith(".norm1.weight") and w.dim() == 1)
     if not dim:
         raise CheckpointError(f"{source}: blocks.*.norm1.weight has no width, which every encoder has there")
-    depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks.") and k.split(".")[1].isdigit())
+    numbers = (int(k.split(".")[1]) for k in weights if k.startswith("blocks.") and k.split(".")[1].isdecimal())
+    # a number that so few tensors cannot reach is of none, and would take forever to build before that shows
+    depth = 1 + max((i for i in numbers if i < len(weights)), default=0)
     hidden = _most(w.shape[0] for k, w in weights.items() if k.endswith(".mlp.fc1.weight") and w.dim() == 2)
     patch, n_mels = _patch(said, weights)
     settings = {

@@ -9,10 +9,12 @@ from torch import Tensor
 from atst_fast.integrations.checkpoint_file import Content
 from atst_fast.models.weights import CheckpointError
 
-# every encoder has it, under whatever prefix
-_ENCODER = re.compile(r"(.*?)blocks\.0\.norm1\.weight")
+# every encoder has it in every block, under whatever prefix
+_ENCODER = re.compile(r"(.*?)blocks\.\d+\.norm1\.weight")
 # what DistributedDataParallel, torch.compile and Lightning put before names
 _WRAPPERS = re.compile(r"(^|\.)((module|_orig_mod)\.)+")
+# the last part of a prefix, which the encoder's network does not share with its heads
+_OWN_PART = re.compile(r"(encoder|backbone)\.((module|_orig_mod)\.)*$")
 # first parts of names beside a bare encoder that are heads, not weights that the encoder lacks
 _HEADS = {"head", "linear", "projector", "predictor", "project_linear"}
 # heads that a pre-trained network may have; with anything else in it the file is not what it seems
@@ -126,15 +128,15 @@ def _network(tensors: Mapping[str, Tensor], prefix: str, role: str, others: list
 def _scope(prefix: str, layout: str, role: str) -> str:
     """What the names of a network's heads begin with."""
     if layout == "finetuned":
-        return prefix.removesuffix("encoder.").removesuffix("encoder.")
+        return _OWN_PART.sub("", _OWN_PART.sub("", prefix))
     if layout == "distilled" and role == "student":
         return prefix.removesuffix("student.")
-    return prefix.removesuffix("encoder.").removesuffix("backbone.")
+    return _OWN_PART.sub("", prefix)
 
 
 def _in_other(key: str, others: list[str]) -> bool:
     """Whether a tensor is of another network: below its encoder, or beside it."""
-    return key.startswith(tuple(o.removesuffix("encoder.").removesuffix("backbone.") for o in others))
+    return key.startswith(tuple(_OWN_PART.sub("", o) for o in others))
 
 
 def _some_names(tensors: Mapping[str, Tensor]) -> str:
@@ -142,4 +144,4 @@ def _some_names(tensors: Mapping[str, Tensor]) -> str:
     if not names:
         return "it has no tensors"
     shown = f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-    return f"none of its {len(names)} tensors ({shown}) is blocks.0.norm1.weight"
+    return f"none of its {len(names)} tensors ({shown}) is blocks.*.norm1.weight"

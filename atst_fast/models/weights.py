@@ -53,7 +53,7 @@ def find_faults(
         tuple(prefix + key for key in wanted if key not in weights),
         (*(prefix + key for key in weights if key not in wanted), *extra),
         tuple(misshapen),
-        tuple(prefix + key for key, x in weights.items() if not is_finite(x)),
+        tuple(prefix + key for key, x in weights.items() if not is_finite(_as(x, wanted.get(key)))),
     )
     described = faults._replace(misshapen=tuple(shapes))
     return faults, str(described)
@@ -82,6 +82,11 @@ def is_finite(x: Tensor) -> bool:
         return True
     # 8-bit floats have no isfinite of their own
     return bool((x.float() if x.element_size() == 1 else x).isfinite().all())
+
+
+def _as(x: Tensor, want: Tensor | None) -> Tensor:
+    """In the dtype that it is going to have, which may not reach as far."""
+    return x.to(want.dtype) if want is not None and _fits(x, want) else x
 
 
 def _fits(have: Tensor, want: Tensor) -> bool:

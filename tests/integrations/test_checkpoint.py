@@ -46,6 +46,18 @@ def test_the_encoder_is_ready_to_be_used(system, tmp_path):
     assert torch.equal(encoder(mel), system.teacher.encoder.eval()(mel))
 
 
+def test_encoders_that_were_compiled_alone(system, tmp_path):
+    """``torch.compile(student.encoder)`` inside of a module: the heads keep their names."""
+    state = prefixed("model.", system.state_dict())
+    lightning(tmp_path / "a.ckpt", {k.replace("encoder.", "encoder._orig_mod."): v for k, v in state.items()})
+    loaded = load_checkpoint(tmp_path / "a.ckpt")
+    assert_same(loaded.encoder.state_dict(), system.teacher.encoder.state_dict())
+    assert_same(loaded.heads, prefixed("projector.", system.teacher.projector.state_dict()))
+    encoder, head = system.teacher.encoder, linear_head(SIZE["dim"])
+    torch.save(prefixed("encoder.encoder._orig_mod.", encoder.state_dict()) | head, tmp_path / "b.ckpt")
+    assert_same(load_checkpoint(tmp_path / "b.ckpt").heads, head)
+
+
 @pytest.mark.parametrize(
     "prefix", ["", "module.", "_orig_mod.", "encoder.", "model.teacher.encoder.", "module.model.teacher.encoder."]
 )

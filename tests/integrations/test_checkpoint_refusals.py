@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from atst_fast import CheckpointError, load_checkpoint
+from atst_fast.models import ATSTClip
 from tests.integrations.layouts import HYPER, SIZE, lightning, prefixed
 
 
@@ -67,6 +68,52 @@ def test_not_finite(bare, value):
     with pytest.raises(CheckpointError, match=r"1 not finite: blocks\.0\.norm1\.bias$") as error:
         load_checkpoint(path)
     assert error.value.not_finite == ("blocks.0.norm1.bias",)
+
+
+def test_not_finite_in_the_encoders_dtype(bare):
+    """A number that float32 does not reach."""
+    path = bare(lambda s: s.update({"norm_frame.bias": torch.full((64,), 1e300, dtype=torch.float64)}))
+    with pytest.raises(CheckpointError, match=r"1 not finite: norm_frame\.bias$"):
+        load_checkpoint(path)
+
+
+def test_a_block_of_an_absurd_number(bare):
+    """It is not built to find out that the others are missing."""
+    path = bare(lambda s: s.update({"blocks.20000.norm1.weight": torch.ones(64)}))
+    with pytest.raises(CheckpointError, match=r"1 extra: blocks\.20000\.norm1\.weight$"):
+        load_checkpoint(path)
+
+
+def test_what_only_the_other_network_has_is_missing(system, tmp_path):
+    """A last block, or a class token, that the teacher lacks does not make it a smaller one of another kind."""
+    prefix = "model.teacher.encoder."
+    last = f"{prefix}blocks.{len(system.teacher.encoder.blocks) - 1}."
+    state = {k: v for k, v in prefixed("model.", system.state_dict()).items() if not k.startswith(last)}
+    lightning(tmp_path / "a.ckpt", state)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(tmp_path / "a.ckpt")
+    assert error.value.missing
+    assert all(k.startswith(last) for k in error.value.missing)
+    load_checkpoint(tmp_path / "a.ckpt", "student")
+    clip = ATSTClip({"dim": 64, "depth": 1, "num_heads": 1}, hidden=8, out=4, max_frames=41)
+    state = prefixed("model.", clip.state_dict())
+    del state[prefix + "cls_token"]
+    lightning(tmp_path / "b.ckpt", state)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(tmp_path / "b.ckpt")
+    assert error.value.missing == (prefix + "cls_token",)
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_the_first_norm_of_a_block(system, tmp_path, block):
+    """What encoders are found by may be what is missing."""
+    state = prefixed("model.", system.state_dict())
+    name = f"model.teacher.encoder.blocks.{block}.norm1.weight"
+    del state[name]
+    lightning(tmp_path / "a.ckpt", state)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(tmp_path / "a.ckpt")
+    assert error.value.missing == (name,)
 
 
 def test_heads_that_are_not_finite(system, tmp_path):
