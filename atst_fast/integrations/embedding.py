@@ -8,13 +8,13 @@ from torch import Tensor
 
 from atst_fast.integrations.spans import Span, covering, official_clip, official_frame
 from atst_fast.models import ClipEncoder, FrameEncoder
+from atst_fast.models.features import CLIP_CHUNK
 from atst_fast.models.pretrained import Pretrained
 from atst_fast.nn import LogMelSpectrogram
 from atst_fast.ops import _checks
 
 _NAME = "Embedder"
 _AXES = "[B, N] or [B, 1, N] (clips, samples)"
-_OFFICIAL_CLIP = 601  # mel frames of a chunk: the six seconds that ATST-Clip was trained on
 _BLOCKS = 12  # the official code takes as many of the last blocks
 
 
@@ -201,7 +201,7 @@ class Embedder(Pretrained):
         if frames is None:
             frames = most
             if self.is_clip:
-                frames = min(most, _OFFICIAL_CLIP)
+                frames = min(most, CLIP_CHUNK)
             return frames if self.official else frames // self.patch * self.patch
         if frames < self.patch:
             _checks.fail(_NAME, "chunk_frames", f"at least {self.patch}, the frames of a token", frames)

@@ -12,6 +12,8 @@ from atst_fast.models.clip_encoder import ClipEncoder
 from atst_fast.models.frame_encoder import FrameEncoder
 from atst_fast.ops import _checks
 
+CLIP_CHUNK = 601  # frames: the 6 s that ATST-Clip is trained on, and of whose positions it has learned
+
 
 class Chunks(NamedTuple):
     """``mel`` ``[n * B, 1, F, T]`` chunks of one width, those of the same place beside each other; ``left`` int64
@@ -58,7 +60,7 @@ def clip_features(
     mel: Tensor,
     lengths: Tensor | None = None,
     n_blocks: int = 1,
-    chunk_frames: int = 601,
+    chunk_frames: int = CLIP_CHUNK,
     avgpool: bool = True,
     scale_bug: bool = True,
 ) -> Tensor:

@@ -7,14 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atst_fast.models.clip_encoder import ClipEncoder
-from atst_fast.models.features import clip_features, frame_features, token_features
+from atst_fast.models.features import CLIP_CHUNK, clip_features, frame_features, token_features
 from atst_fast.models.frame_encoder import FrameEncoder
 from atst_fast.models.heads import Head, LinearHead
 from atst_fast.ops import _checks
 
 LEVELS = ("clip", "frame")
 LOSSES = ("bce", "ce")
-CLIP_CHUNK = 601  # frames: the 6 s that ATST-Clip is trained on
 
 
 def read(

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from atst_fast.models import ClipEncoder
+from atst_fast.models.features import CLIP_CHUNK
 from atst_fast.train.config import UserError
 from atst_fast.train.metrics import Event
 
@@ -106,13 +108,15 @@ def encoder_features(encoder: Any, mels: Sequence[Tensor], n_blocks: int) -> Fea
     """The last ``n_blocks`` blocks of an encoder, per token, and their mean over time; of a ``ClipEncoder`` its class
     tokens before that mean.
 
-    Longer files are cut into chunks of the length that the encoder was made for; their class tokens are averaged with
-    the weight of their frames.
+    Longer files are cut into chunks of the length that the encoder was made for, at most 6 s for a ``ClipEncoder``,
+    which has learned no later positions; their class tokens are averaged with the weight of their frames.
     """
-    chunk = encoder.max_frames // encoder.config["patch"][1] * encoder.config["patch"][1]
+    width = encoder.config["patch"][1]
+    longest = min(encoder.max_frames, CLIP_CHUNK) if isinstance(encoder, ClipEncoder) else encoder.max_frames
+    chunk = longest // width * width
     frames: list[list[np.ndarray]] = [[] for _ in mels]
     classes: list[list[np.ndarray]] = [[] for _ in mels]
-    for owners, mel, lengths in _batches(mels, chunk, encoder.config["patch"][1]):
+    for owners, mel, lengths in _batches(mels, chunk, width):
         tokens = encoder.tokens(lengths).tolist()
         out = encoder.intermediate(mel, lengths, n_blocks)
         cls, out = out if isinstance(out, tuple) else (out[:, 0, :0], out)

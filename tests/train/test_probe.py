@@ -162,6 +162,17 @@ def test_features_of_atst_clip_are_class_tokens_and_means():
     assert np.allclose(features.clips[:, 128:], [f.mean(axis=0) for f in features.frames])
 
 
+def test_atst_clip_reads_no_position_that_it_has_not_learned():
+    """Published encoders have 250 positions, of which six seconds of training have moved 150."""
+    encoder = ClipEncoder({"dim": 16, "depth": 1, "num_heads": 1}).eval()
+    with torch.no_grad():
+        encoder.pos_embed[:, 151:] = torch.nan
+    features = encoder_features(encoder, [torch.randn(64, 1001)], 1)
+    assert features.frames[0].shape == (250, 16)
+    assert np.isfinite(features.frames[0]).all()
+    assert np.isfinite(features.clips).all()
+
+
 def test_mel_features():
     mel = torch.arange(2 * 9.0).reshape(2, 9)
     features = mel_features([mel], 4)
