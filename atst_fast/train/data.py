@@ -133,13 +133,14 @@ class Batches:
         crops = fitting if crops_per_clip is None else crops_per_clip
         self._entries = np.repeat(np.arange(len(source.names)), crops)
         entries = len(self._entries)
-        self.per_epoch = min(subset or entries, entries) // world // batch_size
+        chosen = min(subset or entries, entries)
+        self.per_epoch = chosen // world // batch_size
         self._epoch: tuple[int, NDArray[np.int64]] | None = None
         if not self.per_epoch:
-            raise UserError(
-                f"{entries} crops of {len(source.names)} usable clips do not fill one batch of {batch_size}; give more "
-                "audio or a smaller --batch-size"
-            )
+            few = f"{entries} crops of {len(source.names)} usable clips"
+            few, cure = (few, "more audio") if chosen == entries else (f"{chosen} crops of --subset", "a larger one")
+            each = f" in each of {world} processes" if world > 1 else ""
+            raise UserError(f"{few} do not fill one batch of {batch_size}{each}; give {cure} or a smaller --batch-size")
 
     def fingerprint(self) -> str:
         """sha256 of the clip list."""

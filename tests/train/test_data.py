@@ -192,6 +192,10 @@ def test_files_that_vanish_during_the_run(clips_folder):
 def test_too_few_clips_for_a_batch(clips_folder):
     with pytest.raises(UserError, match=r"12 crops of 12 usable clips do not fill one batch of 13.*--batch-size"):
         batches(clips_folder, size=13)
+    with pytest.raises(UserError, match=r"12 crops of 12 .* batch of 7 in each of 2 processes; give more audio"):
+        batches(clips_folder, size=7, world=2)
+    with pytest.raises(UserError, match=r"^7 crops of --subset do not .* of 4 in each of 2 .*; give a larger one"):
+        batches(clips_folder, size=4, subset=7, world=2)
 
 
 def test_leaving_early_stops_the_thread(clips_folder):
