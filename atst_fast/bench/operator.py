@@ -86,16 +86,18 @@ class Operator:
 
     def curve_cases(self, device: str, over: Sequence[str] | None = None) -> Iterator["Case"]:
         """One axis varied at a time, both ways, the first value of every other option; ``over``: these axes alone."""
-        if device not in self.curves:
-            return
-        size, axes = self.curves[device]
-        if device == "cpu":
-            axes = {**axes, "threads": thread_counts()}
+        axes = self.axes(device)
         for axis in [a for a in axes if over is None or a in over]:
             options = {k: v for k, v in self.options.get(device, {}).items() if k != axis}
             for chosen in _products(_first(options, keep=("way",))):
                 for value in axes[axis]:
-                    yield from self._providers(device, size, {axis: value}, chosen, f"over {axis}")
+                    yield from self._providers(device, self.curves[device][0], {axis: value}, chosen, f"over {axis}")
+
+    def axes(self, device: str) -> Mapping[str, tuple[int, ...]]:
+        """What its curves are over, with the values of each."""
+        if device not in self.curves:
+            return {}
+        return {**self.curves[device][1], **({"threads": thread_counts()} if device == "cpu" else {})}
 
     def _providers(self, device, size, varied, options, kind="", only=None) -> Iterator["Case"]:
         for name, provider in self.providers.items():

@@ -57,6 +57,10 @@ def bench(config: BenchConfig) -> int:
     earlier = None if config.compare is None else compare.load(config.compare)
     if config.out is not None:
         make_folder(config.out)
+    if config.json is not None:  # what cannot be written is found out before minutes have been measured
+        make_folder(config.json.parent)
+        if config.json.is_dir():
+            raise UserError(f"--json must be a file, got the folder {config.json}")
     note("measuring what this machine can do ...")
     here = {"date": report.now(), **describe(device, cases)}
     code = 0
@@ -90,7 +94,7 @@ def check(config: BenchConfig) -> str:
             config.providers,
             unique(name for o in operators for name, p in o.providers.items() if device in p.devices),
         ),
-        "curves": (config.curves, [*AXES]),
+        "curves": (config.curves, [a for a in AXES if any(a in o.axes(device) for o in operators)]),
     }
     for name, (given, known) in allowed.items():
         for value in given:

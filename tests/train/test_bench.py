@@ -111,6 +111,9 @@ def test_threads_of_the_cases_have_rates_of_their_own():
         (["--seconds", "0"], "--seconds must be positive and at most 60, got 0.0"),
         (["--compare", "/nowhere.json"], "[Errno 2] No such file or directory: '/nowhere.json'"),
         (["--out", "/proc/nowhere"], "cannot make the folder /proc/nowhere: "),
+        (["--json", "/proc/nowhere/r.json"], "cannot make the folder /proc/nowhere: "),
+        (["--json", "/tmp"], "--json must be a file, got the folder /tmp"),
+        (["ema_update_", "--curves", "tokens"], "--curves must be one of depth, threads, got 'tokens'"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):
