@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from atst_fast.ops import _checks, ema_update_
+from atst_fast.ops.ema import here
 
 _NAME = "EMATeacher"
 _BUFFERS = ("skip", "copy", "lerp")
@@ -85,7 +86,7 @@ class EMATeacher(nn.Module):
         if callable(momentum):
             momentum = _check_momentum(momentum(int(self.n_averaged) if step is None else step))
         averaged, copied = self._pairs(_unwrapped(student))
-        fused = [(_here(t), _here(s)) for t, s in averaged if _is_taken(t, s)]
+        fused = [(here(t), here(s)) for t, s in averaged if _is_taken(t, s)]
         if fused:
             ema_update_([t for t, _ in fused], [s for _, s in fused], momentum)
         for t, s in averaged:
@@ -203,11 +204,6 @@ def _counterpart(name: str, t: Tensor, theirs: dict[str, Tensor]) -> Tensor:
     if s is None or s.shape != t.shape:
         _checks.fail(_NAME, "student", f"a module with a tensor {name} of shape {list(t.shape)}", s)
     return s
-
-
-def _here(t: Tensor) -> Tensor:
-    """The part of a sharded tensor that this process has; any other as it is."""
-    return t.to_local() if hasattr(t, "to_local") else t
 
 
 def _is_taken(t: Tensor, s: Tensor) -> bool:

@@ -57,8 +57,10 @@ class AdamWEMA(torch.optim.Optimizer):
             shadow, so that the copy can be what is trained in bfloat16; ``zero_grad`` clears both.
 
     A parameter without gradient gets no AdamW step and keeps its state, but its teacher still moves, as in the
-    official loop. The state has the keys of torch.optim.AdamW (``step``, ``exp_avg``, ``exp_avg_sq``), whose state
-    dicts can be loaded, and loading continues bit for bit. Sparse gradients and complex numbers are refused.
+    official loop. Sharded parameters (FSDP2: make the optimizer after ``fully_shard``) are trained where they lie, with
+    teachers and shadows that are sharded alike. The state has the keys of torch.optim.AdamW (``step``, ``exp_avg``,
+    ``exp_avg_sq``), whose state dicts can be loaded, and loading continues bit for bit. Sparse gradients and complex
+    numbers are refused.
 
     One step is within ``4 * 2^-23`` (relative, ``exp_avg`` and ``exp_avg_sq``; for ``p`` relative to the size of the
     terms it is the sum of) of the same step in float64. Bits do not depend on the number of threads.
@@ -169,6 +171,7 @@ class AdamWEMA(torch.optim.Optimizer):
         """Teacher and shadows by the parameter's id, which a step finds faster than by the tensor."""
         self._partners = {id(p): (t, self._shadows.get(t)) for p, t in self._teacher.items()}
         self._student_shadows = {id(p): shadow for p, shadow in self._shadows.items()}
+        self._sharded = any(_ops.is_sharded(p) for group in self.param_groups for p in group["params"])
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("form", "momentum", "max_grad_norm", "grad_norm", "_teacher", "_shadows")
@@ -283,7 +286,7 @@ class AdamWEMA(torch.optim.Optimizer):
             scale = torch.tensor(factor, dtype=torch.float64)
         if self.max_grad_norm is None:
             return scale
-        norm = _ops.grad_norm(grads)
+        norm = _whole_norm(grads) if self._sharded else _ops.grad_norm(grads)
         self.grad_norm = norm if scale is None else norm * scale.abs()
         clip = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
         return clip if scale is None else clip * scale
@@ -292,7 +295,7 @@ class AdamWEMA(torch.optim.Optimizer):
         """The operator's lists along all parameters and, after them, what is only averaged; and the gradients."""
         params = [p for group in self.param_groups for p in group["params"]]
         trained = {id(p) for p in params}
-        none = torch.empty(0) if not params else params[0].new_empty(0)
+        none = torch.empty(0) if not params else _ops.here(params[0]).new_empty(0)
         absent = dict(exp_avg=none, exp_avg_sq=none, step=none)
         grads, exp_avgs, exp_avg_sqs, steps = [], [], [], []
         for p in params:
@@ -314,8 +317,12 @@ class AdamWEMA(torch.optim.Optimizer):
         partners = [self._partners.get(id(p), (none, None)) for p in params]
         shadows = [self._student_shadows.get(id(p), none) for p in params] if self._shadows else []
         teacher_shadows = [none if s is None else s for _, s in partners] if self._shadows else []
-        lists = (params, grads, exp_avgs, exp_avg_sqs, steps, [t for t, _ in partners], shadows, teacher_shadows)
-        return lists, [g for g in grads if g is not none]
+        whole = [g for g in grads if g is not none]
+        teachers = [t for t, _ in partners]
+        if self._sharded:
+            for tensors in (params, grads, exp_avgs, exp_avg_sqs, teachers, shadows, teacher_shadows):
+                tensors[:] = [_ops.here(t) for t in tensors]
+        return (params, grads, exp_avgs, exp_avg_sqs, steps, teachers, shadows, teacher_shadows), whole
 
     def _first_state(self, p: Tensor) -> dict[str, Tensor]:
         if _on_gpu(p.device) and _capturing():  # every replay would begin with moments of 0 again
@@ -364,6 +371,12 @@ def _on_gpu(device: torch.device) -> bool:
 
 def _capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
+
+
+def _whole_norm(grads: list[Tensor]) -> Tensor:
+    """The norm of sharded gradients, of all processes together."""
+    norm: Any = torch.nn.utils.get_total_norm(grads)
+    return norm.full_tensor()
 
 
 def _dense(g: Tensor) -> Tensor:

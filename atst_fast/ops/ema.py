@@ -123,6 +123,15 @@ def momentum_tensor(op: str, momentum: float | Tensor) -> Tensor:
     return momentum if isinstance(momentum, Tensor) else torch.scalar_tensor(momentum, dtype=torch.float64)
 
 
+def here(t: Tensor) -> Tensor:
+    """The part of a sharded tensor (a DTensor, as FSDP2 makes them) that this process has; any other as it is."""
+    return t.to_local() if is_sharded(t) else t  # type: ignore[attr-defined]
+
+
+def is_sharded(t: Tensor) -> bool:
+    return hasattr(t, "to_local")
+
+
 def check_entry(
     op: str, name: str, t: Tensor, *, like: Tensor | None = None, dtypes: Sequence[torch.dtype] = (torch.float32,)
 ) -> None:
@@ -134,8 +143,17 @@ def check_entry(
     if t.layout != torch.strided or not t.is_contiguous():
         layout = f"strides {t.stride()}" if t.layout == torch.strided else f"layout {t.layout}"
         raise ValueError(f"{op}: {name} must be contiguous, got {_checks.describe(t)} with {layout}")
-    if like is not None and (t.shape != like.shape or t.device != like.device):
+    if like is None:
+        return
+    if t.shape != like.shape or t.device != like.device:
         _checks.fail(op, name, f"of shape {list(like.shape)} on {like.device}, as its counterpart is", t)
+    if _layout(t) != _layout(like):
+        raise ValueError(f"{op}: {name} must be sharded as its counterpart is ({_layout(like)}), got {_layout(t)}")
+
+
+def _layout(t: Tensor) -> object:
+    """Which part of a sharded tensor lies where."""
+    return (t.placements, t.device_mesh) if is_sharded(t) else "not sharded"  # type: ignore[attr-defined]
 
 
 def _list(op: str, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:

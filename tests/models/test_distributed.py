@@ -18,6 +18,7 @@ from tests import tolerances as tol
 TINY = {"dim": 24, "depth": 2, "num_heads": 3}
 ROWS = [9, 5]  # of either process in `norm`, the last two of each padding
 FEW = [3, 0]  # valid rows where one process has none
+CLIPPED = 0.05  # less than the norm of the gradients
 
 
 def make_system():
@@ -60,14 +61,14 @@ def step(system, batch):
     return [x.detach() for x in out], grads, dict(system.named_buffers())
 
 
-def optimizer_of(system):
+def optimizer_of(system, **kwargs):
     teacher = dict(zip(*system.teacher_pairs()))
-    return AdamWEMA(param_groups(system, 0.04), lr=1e-3, teacher=teacher, momentum=0.9)
+    return AdamWEMA(param_groups(system, 0.04), lr=1e-3, teacher=teacher, momentum=0.9, **kwargs)
 
 
-def train(module, system, batch, steps=2):
+def train(module, system, batch, steps=2, **kwargs):
     """Losses, and what is in the system after some steps; ``module`` is what is called for them."""
-    optimizer, losses = optimizer_of(system), []
+    optimizer, losses = optimizer_of(system, **kwargs), []
     for _ in range(steps):
         loss = module(*batch).loss
         loss.backward()
@@ -84,16 +85,21 @@ def replicated(batch):
     return train(replica, replica.module, batch)
 
 
-def sharded(batch):
-    """Each block a unit, the rest one; gradients, and a teacher that was made before, sharded likewise."""
-    system = torch.nn.SyncBatchNorm.convert_sync_batchnorm(make_system())
-    teacher = EMATeacher(system.student, 0.75, include=("encoder", "projector"), buffers="skip")
+def shard(whole, *networks):
+    """Each block a unit, the rest of each one."""
     mesh = init_device_mesh("cpu", (2,))
-    for network in (system.student, system.teacher, teacher.module):
+    for network in networks:
         for block in network.encoder.blocks:
             fully_shard(block, mesh=mesh)
-    fully_shard(teacher.module, mesh=mesh)
-    fully_shard(system, mesh=mesh)
+    for module in whole:
+        fully_shard(module, mesh=mesh)
+
+
+def sharded(batch):
+    """Gradients, and a teacher that was made before, sharded likewise."""
+    system = torch.nn.SyncBatchNorm.convert_sync_batchnorm(make_system())
+    teacher = EMATeacher(system.student, 0.75, include=("encoder", "projector"), buffers="skip")
+    shard((teacher.module, system), system.student, system.teacher, teacher.module)
     loss = system(*batch).loss
     loss.backward()
     grads = {n: p.grad.full_tensor() for n, p in system.named_parameters() if p.grad is not None}
@@ -102,6 +108,17 @@ def sharded(batch):
             p.add_(0.5)
     teacher.update(system.student)
     return loss.detach(), grads, {n: p.full_tensor() for n, p in teacher.module.named_parameters()}
+
+
+def trained_in_shards(batch):
+    """Losses and weights after two steps of the optimizer, which clips."""
+    system = torch.nn.SyncBatchNorm.convert_sync_batchnorm(make_system())
+    shard((system,), system.student, system.teacher)
+    weight = system.student.projector[0].weight
+    with pytest.raises(ValueError, match=r"AdamWEMA: teacher\[0\] must be sharded as its counterpart .*, got not"):
+        AdamWEMA([weight], teacher=[torch.zeros(weight.shape)])
+    losses, state = train(system, system, batch, max_grad_norm=CLIPPED)
+    return losses, {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in state.items()}
 
 
 def one_of_two(rank, port, folder):
@@ -121,7 +138,8 @@ def one_of_two(rank, port, folder):
     torch.manual_seed(3)
     student, teacher = torch.randn(2, 24, 8).chunk(2, 1)[rank]
     spreads = frame_loss(student, teacher, count=torch.tensor(6 if rank else 12))[1:]
-    torch.save((alone, together, rows, spreads, replicated(half), sharded(half)), folder / f"{rank}.pt")
+    trained = trained_in_shards(half)
+    torch.save((alone, together, rows, spreads, replicated(half), sharded(half), trained), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -173,7 +191,7 @@ def test_replicas_train_as_one_process(answers):
     """Weights, teacher and running statistics after two steps of DistributedDataParallel with common statistics."""
     system = make_system()
     losses, state = train(system, system, make_batch())
-    both = [replicas for *_, replicas, _ in answers]
+    both = [replicas for *_, replicas, _, _ in answers]
     assert_same((both[0][0] + both[1][0]) / 2, losses, "losses")
     for _, found in both:
         assert found.keys() == state.keys()
@@ -187,7 +205,7 @@ def test_sharded_system_is_one_process(answers):
     """FSDP2: loss, gradients and the update of a teacher, whose shards are averaged where they lie."""
     system = make_system()
     loss, grads, _ = step(system, make_batch())
-    both = [shards for *_, shards in answers]
+    both = [shards for *_, shards, _ in answers]
     assert_same((both[0][0] + both[1][0]) / 2, loss[0], "loss")
     for _, found, teacher in both:
         assert found.keys() == grads.keys()
@@ -195,6 +213,18 @@ def test_sharded_system_is_one_process(answers):
             assert_same(found[name], grad, name)
         for name, value in teacher.items():
             assert_same(value, system.student.get_parameter(name).detach() + 0.125, name)
+
+
+def test_the_optimizer_trains_shards(answers):
+    """FSDP2: weights, teacher and clipped norm are those of one process; a shard may be empty."""
+    system = make_system()
+    losses, state = train(system, system, make_batch(), max_grad_norm=CLIPPED)
+    both = [trained for *_, trained in answers]
+    assert_same((both[0][0] + both[1][0]) / 2, losses, "losses")
+    for _, found in both:
+        assert found.keys() == state.keys()
+        for name, value in state.items():
+            assert_same(found[name].double(), value.double(), name)
 
 
 @pytest.mark.parametrize("which, counts", [("padded", [n - 2 for n in ROWS]), ("few", FEW)])
