@@ -14,7 +14,7 @@ from atst_fast.integrations.checkpoint import Checkpoint
 from atst_fast.integrations.checkpoint_file import Content, plain
 from atst_fast.integrations.checkpoint_layout import recognise
 from atst_fast.models.encoder import Encoder
-from atst_fast.models.pretrained import write_safetensors
+from atst_fast.models.pretrained import write_pickle, write_safetensors
 from atst_fast.models.weights import CheckpointError
 from atst_fast.ops import _checks
 
@@ -90,7 +90,7 @@ def save_checkpoint(
         write_safetensors(path, tensors, metadata)
     else:
         content = _pickled(layout, tensors, networks, own, config)
-        write_atomically(path, lambda p: torch.save(content, p))
+        write_atomically(path, lambda p: write_pickle(p, content))
     return path
 
 

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, BinaryIO, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,34 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         temporary.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
 
     write_atomically(path, write)
+
+
+def write_pickle(path: Path, content: object) -> None:
+    """``torch.save``, with the ``OSError`` of what cannot be written, which torch hides behind one of its own."""
+    with open(path, "wb") as f:
+        sink = _Sink(f)
+        try:
+            torch.save(content, cast(IO[bytes], sink))
+        except Exception as error:
+            raise sink.error or error from None
+
+
+class _Sink:
+    """The least that torch.save asks of a file; keeps the error of writing."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def _import_safetensors(path: Path) -> Any:

@@ -77,6 +77,8 @@ def load_weights(
 
 
 def is_finite(x: Tensor) -> bool:
+    if x.is_meta:  # it has no values
+        return False
     # the indices of a sparse tensor are not to be trusted in a damaged file: it is not read, and fits nowhere
     if not (x.is_floating_point() or x.is_complex()) or x.layout != torch.strided:
         return True

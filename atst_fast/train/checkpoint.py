@@ -12,13 +12,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from atst_fast.models.pretrained import write_pickle
 from atst_fast.train.config import UserError
 from atst_fast.train.files import TEMPORARY, write_atomically
 
@@ -74,7 +75,7 @@ def save(
     metadata = {"format": "pt", "step": str(step), "config": json.dumps(config)}
     with _explain(run, path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(state_path(path), lambda p: _save_state(p, {"step": step, **state}))
+        write_atomically(state_path(path), lambda p: write_pickle(p, {"step": step, **state}))
         write_atomically(path, lambda p: _save_weights(p, tensors, metadata, like=state_path(path)))
     for old in [p for p in before if p != path][: -(keep - 1) or None]:
         old.unlink()
@@ -88,7 +89,7 @@ def save_share(run: Path, step: int, rank: int, state: dict[str, Any]) -> None:
     path = state_path(_path(run, step), rank)
     with _explain(run, path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda p: _save_state(p, {"step": step, **state}))
+        write_atomically(path, lambda p: write_pickle(p, {"step": step, **state}))
 
 
 def _path(run: Path, step: int) -> Path:
@@ -180,33 +181,6 @@ def load_model(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
 def _save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], like: Path) -> None:
     save_file(tensors, path, metadata)
     path.chmod(like.stat().st_mode)  # safetensors makes files that only their owner can read
-
-
-def _save_state(path: Path, state: dict[str, Any]) -> None:
-    with open(path, "wb") as f:
-        sink = _Sink(f)
-        try:
-            torch.save(state, cast(IO[bytes], sink))
-        except Exception as error:
-            raise sink.error or error from None
-
-
-class _Sink:
-    """The least that torch.save asks of a file; keeps the OSError of writing, which torch hides behind its own."""
-
-    def __init__(self, file: BinaryIO):
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def _orphan(state: Path) -> bool:

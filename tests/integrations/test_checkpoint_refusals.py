@@ -77,6 +77,12 @@ def test_not_finite_in_the_encoders_dtype(bare):
         load_checkpoint(path)
 
 
+def test_tensors_without_values(bare):
+    path = bare(lambda s: s.update({"mask_embed": torch.empty(1, 1, 64, device="meta")}))
+    with pytest.raises(CheckpointError, match=r"1 not finite: mask_embed$"):
+        load_checkpoint(path)
+
+
 def test_a_block_of_an_absurd_number(bare):
     """It is not built to find out that the others are missing."""
     path = bare(lambda s: s.update({"blocks.20000.norm1.weight": torch.ones(64)}))

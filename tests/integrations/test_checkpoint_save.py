@@ -1,6 +1,7 @@
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from atst_fast import Checkpoint, load_checkpoint, save_checkpoint
 from atst_fast.models import ClipEncoder, FrameEncoder
+from atst_fast.models.pretrained import write_pickle
 from tests.integrations.layouts import (
     FRAMES,
     HYPER,
@@ -200,9 +202,16 @@ def test_the_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_an_error_of_the_disk():
+    """torch.save by itself raises a RuntimeError of its own."""
+    with pytest.raises(OSError, match="No space left"):
+        write_pickle(Path("/dev/full"), {"x": torch.zeros(1_000_000)})
+
+
 def test_a_folder_that_is_not_there(tmp_path):
     for layout in ("safetensors", "lightning"):
-        with pytest.raises((OSError, RuntimeError), match=r"nowhere"):
+        with pytest.raises(OSError, match=r"nowhere"):
             save_checkpoint(tmp_path / "nowhere" / "a", frame_system(), layout=layout)
 
 
