@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from atst_fast.ops import _autocast, _checks
+from atst_fast.ops import _autocast, _checks, _tables
 from atst_fast.ops._registry import register
 from atst_fast.reference import kaldi_fbank as reference
 
@@ -108,8 +108,7 @@ def kaldi_fbank(
     )
     device = waveform.device if isinstance(waveform, Tensor) else _CPU
     settings = (sample_frequency, frame_length, low_freq, high_freq, num_mel_bins, window_type)
-    # detached: of what it takes for a constant, torch.compile does not know whether it needs a gradient
-    window, fb = (t.detach() for t in _constant_tables(*settings, device))
+    window, fb = (_traced_tables if torch.compiler.is_compiling() else tables)(*settings, device)
     return kaldi_fbank_with(
         waveform,
         window,
@@ -169,12 +168,6 @@ def kaldi_fbank_with(
     return out.reshape(*waveform.shape[:-1], *out.shape[1:])
 
 
-@torch.compiler.assume_constant_result
-def _constant_tables(*settings) -> tuple[Tensor, Tensor]:
-    """`tables`, which `torch.compile` is not to look into."""
-    return tables(*settings)
-
-
 @lru_cache(maxsize=32)
 def tables(
     sample_frequency: float,
@@ -193,6 +186,13 @@ def tables(
     with torch.inference_mode(False), _disable_current_modes():
         window, fb = make_tables(sample_frequency, frame_length, low_freq, high_freq, num_mel_bins, window_type)
         return window.to(device), fb.to(device)
+
+
+_traced_tables = _tables.operator(
+    "kaldi_fbank_tables(float sample_frequency, float frame_length, float low_freq, float high_freq, int num_mel_bins,"
+    " str window_type, Device device) -> (Tensor window, Tensor fb)",
+    tables,
+)
 
 
 def make_tables(

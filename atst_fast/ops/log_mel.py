@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from atst_fast.ops import _autocast, _checks
+from atst_fast.ops import _autocast, _checks, _tables
 from atst_fast.ops._registry import register
 from atst_fast.reference import log_mel as reference
 
@@ -67,10 +67,7 @@ def log_mel(
     """
     device = waveform.device if isinstance(waveform, Tensor) else _CPU
     settings = (sample_rate, n_fft, win_length, f_min, f_max, n_mels)
-    if torch.compiler.is_compiling():  # torch.compile cannot look into the cache
-        window, fb = (table.to(device) for table in make_tables(*settings))
-    else:
-        window, fb = tables(*settings, device)
+    window, fb = (_traced_tables if torch.compiler.is_compiling() else tables)(*settings, device)
     return log_mel_with(waveform, window, fb, hop_length, top_db=top_db, minmax=minmax, lengths=lengths, dtype=dtype)
 
 
@@ -139,6 +136,13 @@ def tables(
     with torch.inference_mode(False), _disable_current_modes():
         window, fb = make_tables(sample_rate, n_fft, win_length, f_min, f_max, n_mels)
         return window.to(device), fb.to(device)
+
+
+_traced_tables = _tables.operator(
+    "log_mel_tables(int sample_rate, int n_fft, int? win_length, float f_min, float f_max, int n_mels, Device device)"
+    " -> (Tensor window, Tensor fb)",
+    tables,
+)
 
 
 def make_tables(

@@ -74,7 +74,32 @@ def test_stochastic_depth_is_drawn_anew_in_each_call(name):
     assert torch.equal(first(module.eval()(*x)), first(module(*x)))
 
 
-def test_functions():
-    """The tables of the front end are constants of the graph."""
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.long)])
+@pytest.mark.parametrize("op", [ops.log_mel, ops.kaldi_fbank])
+def test_functions(op, backend):
+    """dynamic=True makes symbols of the settings too; window and triangles are one node of the graph."""
+    names = []
+
+    def keep(graph, example):
+        names.extend(str(node.target).removeprefix("atst_fast.") for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend(backend)(graph, example)
+
+    call = compiled(op, keep)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for shape in ((2, 4000), (3, 3000)):
+            wave = torch.randn(shape)
+            assert torch.equal(call(wave), op(wave))
+    assert f"{op.__name__}_tables" in names
+    assert not any("linspace" in name or "arange" in name for name in names)
+    wave = torch.randn(2, 4000, requires_grad=True)
+    (eager,), (traced,) = (torch.autograd.grad(f(wave).sum(), wave) for f in (op, compiled(op, backend)))
+    assert_close(traced, eager, "gradient of the waveform")
+
+
+@pytest.mark.parametrize(
+    "op, options",
+    [(ops.log_mel, {"n_mels": 80, "win_length": 640}), (ops.kaldi_fbank, {"sample_frequency": 32000, "low_freq": 50})],
+)
+def test_settings_of_functions(op, options):
     wave = torch.randn(2, 4000)
-    assert torch.equal(compiled(lambda x: ops.log_mel(x) * 2)(wave), ops.log_mel(wave) * 2)
+    assert torch.equal(compiled(lambda x: op(x, **options) * 2)(wave), op(wave, **options) * 2)
