@@ -16,10 +16,11 @@ CLIP_CHUNK = 601  # frames: the 6 s that ATST-Clip is trained on, and of whose p
 
 
 class Chunks(NamedTuple):
-    """``mel`` ``[n * B, 1, F, T]`` chunks of one width, those of the same place beside each other; ``left`` int64
-    ``[n * B]``, how many valid frames their clips have from the first frame of the chunk on (also beyond its end);
-    ``counts`` bool ``[n * B]``, whether a chunk is part of its clip's mean."""
+    """``mel`` ``[number * B, 1, F, T]`` chunks of one width, those of the same place beside each other; ``left`` int64
+    ``[number * B]``, how many valid frames their clips have from the first frame of the chunk on (also beyond its end);
+    ``counts`` bool ``[number * B]``, whether a chunk is part of its clip's mean."""
 
+    number: int
     mel: Tensor
     left: Tensor
     counts: Tensor
@@ -51,7 +52,7 @@ def frame_features(
     for chunk in _chunks("frame_features", encoder, mel, lengths, chunk_frames, shortest=20):
         tokens = encoder.intermediate(chunk.mel, chunk.lengths, n_blocks)
         means = _mean(tokens, encoder.tokens(chunk.lengths), encoder.tokens(chunk.lengths))
-        total, weight = _add(total, weight, means, chunk.counts, len(mel))
+        total, weight = _add(total, weight, means, chunk)
     return total / weight.clamp(min=1)[:, None]
 
 
@@ -84,7 +85,7 @@ def clip_features(
             valid = encoder.tokens(chunk.lengths)
             means = _mean(tokens, valid, encoder.tokens(chunk.left) if scale_bug else valid)
             features = torch.cat([features, means], dim=-1)
-        total, weight = _add(total, weight, features, chunk.counts, len(mel))
+        total, weight = _add(total, weight, features, chunk)
     return total / weight.clamp(min=1)[:, None]
 
 
@@ -112,7 +113,7 @@ def token_features(
         out = out[1] if isinstance(out, tuple) else out
         valid = torch.arange(out.shape[1], device=out.device) < encoder.tokens(chunk.lengths).to(out.device)[:, None]
         out = torch.where(valid[..., None], out, out.new_zeros(()))
-        parts.append(out.unflatten(0, (-1, len(mel))).transpose(0, 1).flatten(1, 2))
+        parts.append(out.unflatten(0, (chunk.number, mel.shape[0])).transpose(0, 1).flatten(1, 2))
     return torch.cat(parts, dim=1)
 
 
@@ -153,7 +154,7 @@ def _chunks(
         starts = first + chunk_frames * torch.arange(number, device=lengths.device)
         left = (lengths - starts[:, None]).clamp(min=0)
         half = torch.where(starts == 0, 0, 0 if all_count else chunk_frames // 2)
-        chunks.append(Chunks(parts, left.flatten(), (left > half[:, None]).flatten()))
+        chunks.append(Chunks(number, parts, left.flatten(), (left > half[:, None]).flatten()))
     return chunks
 
 
@@ -165,8 +166,11 @@ def _mean(tokens: Tensor, valid: Tensor, divisor: Tensor) -> Tensor:
     return total / (divisor.to(tokens.device, torch.float32)[:, None] + 1e-6)
 
 
-def _add(total: Any, weight: Any, values: Tensor, counts: Tensor, clips: int):
-    """Running sums over chunks: values ``[n * B, D]`` of those that count, and how many these are."""
-    counts = counts.to(values.device)
+def _add(total: Any, weight: Any, values: Tensor, chunk: Chunks):
+    """Running sums over chunks: values ``[number * B, D]`` of those that count, and how many these are."""
+    counts = chunk.counts.to(values.device)
     kept = torch.where(counts[:, None], values, values.new_zeros(()))
-    return total + kept.unflatten(0, (-1, clips)).sum(0), weight + counts.unflatten(0, (-1, clips)).sum(0)
+    clips = values.shape[0] // chunk.number
+    return tuple(
+        before + each.unflatten(0, (chunk.number, clips)).sum(0) for before, each in ((total, kept), (weight, counts))
+    )

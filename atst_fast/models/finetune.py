@@ -127,6 +127,10 @@ class Distilled(nn.Module):
         chunk_frames: int | None = None,
     ):
         super().__init__()
+        if not isinstance(teacher, FineTuned):
+            _checks.fail("Distilled", "teacher", "a FineTuned", teacher, TypeError)
+        if not isinstance(student, FrameEncoder):
+            _checks.fail("Distilled", "student", "a FrameEncoder", student, TypeError)
         classes, level = teacher.config["classes"], teacher.level
         tagger = FineTuned(student, classes, level=level, chunk_frames=chunk_frames)
         self.teacher_eval = teacher_eval
@@ -181,14 +185,16 @@ def tagging_loss(
     ``"bce"``: of each class alone, ``targets`` float ``[..., classes]`` in [0, 1], or int64 ``[...]`` that mean one of
     them. ``"ce"``: one class of all, ``targets`` int64 ``[...]``, or float probabilities ``[..., classes]``. ``valid``
     bool ``[...]``: which rows count (all of them otherwise); none gives zero.
-    Raises ValueError for another ``kind`` or shapes that do not fit.
+    Raises ValueError for another ``kind``, shapes that do not fit, and numbers of no class (on a GPU torch does).
     """
     if kind not in LOSSES:
         _checks.fail("tagging_loss", "kind", "'bce' or 'ce'", kind)
     classes, indices = logits.shape[-1], not targets.is_floating_point()
     if targets.shape != (logits.shape[:-1] if indices else logits.shape):
-        expected = f"class numbers {list(logits.shape[:-1])} or values {list(logits.shape)}, as logits are"
+        expected = f"class numbers {list(logits.shape[:-1])} or float values {list(logits.shape)}, as logits are"
         _checks.fail("tagging_loss", "targets", expected, targets)
+    if indices and _checks.readable(targets) and not ((targets >= 0) & (targets < classes)).all():
+        _checks.fail("tagging_loss", "targets", f"class numbers from 0 to {classes - 1}", targets.tolist())
     if kind == "bce":
         wanted = F.one_hot(targets, classes).to(logits.dtype) if indices else targets
         each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(-1)
@@ -228,7 +234,8 @@ def distill_loss(
 
 
 def layer_scales(model: nn.Module, decay: float, *, level: str = "clip", depth: int | None = None) -> dict[str, float]:
-    """What each trainable parameter of a `FineTuned` or `Distilled` multiplies its learning rate by, by name.
+    """What each trainable parameter of a `FineTuned` or `Distilled`, also one that DDP or `torch.compile` has wrapped,
+    multiplies its learning rate by, by name.
 
     Block i has ``decay ** (depth - i)``, what comes before the blocks as little as block 0, the encoder's last norm
     ``decay``, heads and projectors 1. At level "frame" the last norm has 1 and what comes before the blocks
@@ -237,7 +244,13 @@ def layer_scales(model: nn.Module, decay: float, *, level: str = "clip", depth: 
     """
     if not 0 < decay <= 1:
         _checks.fail("layer_scales", "decay", "more than 0 and at most 1", decay)
-    prefix = "student." if isinstance(model, Distilled) else "encoder."
+    if level not in LEVELS:
+        _checks.fail("layer_scales", "level", "'clip' or 'frame'", level)
+    found = ((path, m) for path, m in model.named_modules() if isinstance(m, FineTuned | Distilled))
+    path, inner = next(found, (None, None))
+    if path is None:
+        _checks.fail("layer_scales", "model", "a FineTuned or a Distilled", type(model), TypeError)
+    prefix = f"{path}." * bool(path) + ("student." if isinstance(inner, Distilled) else "encoder.")
     depth = len(model.get_submodule(prefix + "blocks")) if depth is None else depth  # type: ignore[arg-type]
     frame = level == "frame"
     scales = {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.export import Dim
 
-from atst_fast.models import ClipEncoder
+from atst_fast.models import ClipEncoder, FineTuned, FrameEncoder
 from tests.inside_pytorch.cases import SINGLE, TINY, WaveformEncoder, first, inputs, make
 from tests.tolerances import COMPILED_RTOL
 
@@ -25,6 +25,19 @@ def test_any_batch(name):
     module, args = make(name).eval(), inputs(name, 3)
     exported = export(module, args, tuple({0: Dim("clips", min=1, max=64)} for _ in args))
     assert_same(exported.module(), module, inputs(name, 5))
+
+
+@pytest.mark.parametrize(
+    "kind, level", [(ClipEncoder, "clip"), pytest.param(FrameEncoder, "frame", marks=pytest.mark.long)]
+)
+def test_fine_tuned_for_any_batch(kind, level):
+    """Also where clips go through the encoder in two pieces."""
+    torch.manual_seed(0)
+    module = FineTuned(kind(TINY, mlp_ratio=2.0, max_frames=41), 3, level=level).eval()
+    mel, lengths = torch.randn(5, 1, 64, 78), torch.tensor([78, 50, 30, 3, 0])
+    clips = {0: Dim.DYNAMIC}
+    exported = export(module, (mel[:3], lengths[:3]), (clips, clips))
+    assert_same(exported.module(), module, (mel, lengths))
 
 
 @pytest.mark.parametrize("encoder", [None, ClipEncoder], ids=["FrameEncoder", "ClipEncoder"])

@@ -102,6 +102,14 @@ def test_tokens_do_not_drift(frame_encoder, clip_encoder):
         assert got[1, :32].all()
 
 
+@pytest.mark.parametrize("frames", [3, 101, 250])
+def test_no_clips(frame_encoder, clip_encoder, frames):
+    mel, none = torch.zeros(0, 1, 64, frames), torch.zeros(0, dtype=torch.int64)
+    assert frame_features(frame_encoder, mel, none, 1, 101).shape == (0, 24)
+    assert clip_features(clip_encoder, mel, none, 1, 101).shape == (0, 48)
+    assert token_features(frame_encoder, mel, none, 1, 100).shape == (0, frames // 4, 24)
+
+
 def test_gradients_pass_through_chunks(frame_encoder):
     mel = torch.randn(1, 1, 64, 202, requires_grad=True)
     frame_features(frame_encoder, mel, None, 1, 101).sum().backward()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from atst_fast.models import (
     ClipEncoder,
@@ -165,6 +166,15 @@ def test_layer_scales():
     assert set(layer_scales(deep, 1.0).values()) == {1.0}
 
 
+def test_layer_scales_of_what_is_wrapped():
+    """The names are the wrapper's, the scales the same: not 1 for all of them."""
+    for model in (FineTuned(FrameEncoder(SIZE), 2), Distilled(FineTuned(ClipEncoder(SIZE), 2), FrameEncoder(SIZE))):
+        want = layer_scales(model, 0.5)
+        assert len(set(want.values())) > 2
+        for wrapped, name in ((torch.compile(model), "_orig_mod"), (nn.ModuleDict({"module": model}), "module")):
+            assert layer_scales(wrapped, 0.5) == {f"{name}.{key}": value for key, value in want.items()}
+
+
 def test_targets_and_valid_rows():
     logits, y = torch.randn(2, 6, 3), torch.rand(2, 6, 3)
     valid = torch.arange(6) < torch.tensor([[6], [2]])
@@ -193,6 +203,14 @@ def test_errors():
         LinearHead(3, 2)(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="Distilled: project must be None"):
         Distilled(FineTuned(ClipEncoder(SIZE), 2, level="frame"), FrameEncoder(SIZE), project=8)
+    with pytest.raises(TypeError, match="Distilled: teacher must be a FineTuned"):
+        Distilled(ClipEncoder(SIZE), FrameEncoder(SIZE))
+    with pytest.raises(TypeError, match="Distilled: student must be a FrameEncoder"):
+        Distilled(FineTuned(ClipEncoder(SIZE), 2), ClipEncoder(SIZE))
+    with pytest.raises(ValueError, match="layer_scales: level must be 'clip' or 'frame'"):
+        layer_scales(FineTuned(FrameEncoder(SIZE), 2), 0.5, level="word")
+    with pytest.raises(TypeError, match="layer_scales: model must be a FineTuned or a Distilled"):
+        layer_scales(FrameEncoder(SIZE), 0.5)
     with pytest.raises(ValueError, match="layer_scales: decay must be more than 0"):
         layer_scales(FineTuned(FrameEncoder(SIZE), 2), 0)
     x = torch.zeros(2, 3)
@@ -200,6 +218,11 @@ def test_errors():
         tagging_loss(x, x, "mse")
     with pytest.raises(ValueError, match="tagging_loss: targets must be class numbers"):
         tagging_loss(x, torch.zeros(3))
+    for kind in ("bce", "ce"):  # torch leaves a class of -100 out, and counts it
+        with pytest.raises(
+            ValueError, match=r"tagging_loss: targets must be class numbers from 0 to 2, got list \[1, -"
+        ):
+            tagging_loss(x, torch.tensor([1, -100]), kind)
     with pytest.raises(ValueError, match="tagging_loss: valid must be"):
         tagging_loss(x, x, "bce", torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="distill_loss: weight must be between 0 and 1"):
