@@ -24,10 +24,11 @@ from atst_fast.integrations.accelerate_match import (
     at,
     attention_roles,
     block_roles,
+    changed,
     looks_like_attention,
     looks_like_block,
 )
-from atst_fast.integrations.accelerate_probe import Unlike, hooked
+from atst_fast.integrations.accelerate_probe import Unlike
 from atst_fast.integrations.accelerate_report import Entry, Report
 from atst_fast.integrations.accelerate_swap import Fused, is_fused, obstacle, swap, unswap
 from atst_fast.integrations.accelerate_system import (
@@ -42,7 +43,8 @@ from atst_fast.integrations.accelerate_system import (
     loss_views,
 )
 
-_TOKENS = 7
+# Few where all settings are compared, and once as many as show an attention that is limited to neighbours.
+_TOKENS, _MANY_TOKENS = 7, 600
 _VALID = (7, 3, 1, 0)
 
 
@@ -67,8 +69,8 @@ def accelerate(
         model: audiossl's FrameATST or ATST, their encoders FrameAST and AST, a Lightning module, DDP or compiled module
             that holds one, or anything else with pre-norm transformer blocks: those of timm, SSAST, ASiT and
             HuggingFace's AST. They are found by their layers and not by their names, and each kind is compared with its
-            original first, in float64 and on a copy with random weights: nothing that computes anything else is
-            replaced.
+            original first, in float64, on a copy with random weights and on up to 600 tokens: nothing that computes
+            anything else there is replaced.
         attention: the attention of the blocks; and attention modules that return a tensor, outside of such blocks.
         patch_embed: patches, mask token and positions of FrameAST and AST in one operator.
         block: the rest of the blocks (bias, GELU, stochastic depth, residual, LayerNorm), and of the last block of
@@ -77,10 +79,11 @@ def accelerate(
             batch. teacher: ``update_teacher`` in one call.
 
     Left as they are, and the report says why: modules with parameters, norms or dropout that are not those of such a
-    block (LayerScale, relative positions, a dropout above 0); containers with hooks. A layer that is more than
-    ``nn.Linear`` (LoRA, quantised) and an activation other than the exact GELU are called as they are, within the
-    fused block. A call that asks for more than the fused forward has, such as ``return_attention=True``, runs the
-    original forward, as does a block whose insides get a hook later.
+    block (LayerScale, relative positions, a dropout above 0); containers with hooks; what sets an attribute when it
+    runs, or does not run in float64 (quantised layers). A layer that is more than ``nn.Linear`` (LoRA) and an
+    activation other than the exact GELU are called as they are, within the fused block. A call that asks for more than
+    the fused forward has, such as ``return_attention=True``, runs the original forward, as does a block in which a
+    module is given a hook or a forward of its own later, or is replaced by another kind.
 
     Numbers are those of the original up to float32 rounding: sums are added in another order. (A clip without a valid
     token attends to its padding, as there; the original adds -10000 to those scores, which rounds them to 1e-3 and in
@@ -191,13 +194,12 @@ class _Search:
 
     def _find_block(self, module: nn.Module) -> tuple:
         roles, call = block_roles(module), Call.of(module)
-        for path in roles.watched:
-            if hooked(at(module, path)):
-                raise Unknown(f"{path} has a hook, or a forward of its own")
+        if path := changed(module, roles):
+            raise Unknown(f"{path} has a hook, or a forward of its own")
         owner = at(module, roles.owner.split(".")[0])
         masked = len(Call.of(owner).names) > 1 and "mask" in Call.of(owner).names[1]
         copied = probe.replica(module)
-        form = _form(probe.run(copied.eval(), _input(roles)))
+        form = _try_out(copied.eval(), roles)
         plan = BlockPlan(roles, call, form, self.flags["attention"], self.flags["block"], masked)
         lengths = [None] if call.length is None else [None, torch.tensor(_VALID)]
         for training in (False, True):
@@ -205,6 +207,7 @@ class _Search:
                 more = {} if length is None else {call.length: length}
                 for fixed in (False, True):
                     _compare(copied.train(training), FusedBlock, plan, (_input(roles),), more, fixed)
+        _compare(copied.eval(), FusedBlock, plan, (_input(roles, 1, _MANY_TOKENS),), {})
         return FusedBlock, plan
 
     def attention(self, name: str, module: nn.Module) -> None:
@@ -260,11 +263,14 @@ class _Search:
 
 def _find_attention(module: nn.Module) -> tuple:
     roles, call = attention_roles(module), Call.of(module)
+    if path := changed(module, roles):
+        raise Unknown(f"{path} has a hook, or a forward of its own")
     copied = probe.replica(module).eval()
-    form = _form(probe.run(copied, _input(roles)))
+    form = _try_out(copied, roles)
     plan = AttentionPlan(roles, call, form)
     for training in (False, True):
         _compare(copied.train(training), FusedAttention, plan, (_input(roles),), {})
+    _compare(copied.eval(), FusedAttention, plan, (_input(roles, 1, _MANY_TOKENS),), {})
     return FusedAttention, plan
 
 
@@ -284,8 +290,17 @@ def _find_teacher(module: nn.Module) -> tuple:
     return FusedTeacher, ()
 
 
-def _input(roles: Roles) -> Tensor:
-    return probe.random(torch.Generator("cpu").manual_seed(1), len(_VALID), _TOKENS, roles.dim)
+def _input(roles: Roles, clips: int = len(_VALID), tokens: int = _TOKENS) -> Tensor:
+    return probe.random(torch.Generator("cpu").manual_seed(1), clips, tokens, roles.dim)
+
+
+def _try_out(copied: nn.Module, roles: Roles) -> int:
+    """What the replica returns, see `_form`; `Unknown` where it also keeps something for others to read."""
+    before = probe.attributes(copied)
+    form = _form(probe.run(copied, _input(roles)))
+    if kept := probe.difference(before, probe.attributes(copied)):
+        raise Unknown(f"its forward sets {kept}")
+    return form
 
 
 def _form(result: object) -> int:

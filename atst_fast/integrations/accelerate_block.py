@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atst_fast import ops
-from atst_fast.integrations.accelerate_match import Call, Roles, at
-from atst_fast.integrations.accelerate_probe import hooked
+from atst_fast.integrations.accelerate_match import Call, Roles, at, changed
 from atst_fast.integrations.accelerate_swap import Fused
 from atst_fast.nn import FixedRows, Selection
 from atst_fast.nn.plain import is_plain
@@ -137,7 +136,7 @@ class FusedBlock(Fused):
     def fuses(self, x: Tensor) -> bool:
         """Whether this block, as it is now, may be read part by part."""
         roles = self.plan.roles
-        if x.shape[-1] != roles.dim or any(hooked(at(self, path)) for path in roles.watched):
+        if x.shape[-1] != roles.dim or changed(self, roles):
             return False
         return not any(_drops(at(self, path)) for path in roles.dropouts)
 
@@ -269,7 +268,7 @@ class FusedAttention(Fused):
         given = call.bind(args, kwargs)
         x: Any = given.pop(call.names[0], None) if given is not None else None
         ready = isinstance(x, Tensor) and x.dim() == 3 and 0 not in x.shape and x.dtype in _DTYPES and not given
-        if not ready or any(hooked(at(self, p)) or _drops(at(self, p)) for p in roles.dropouts):
+        if not ready or changed(self, roles) or any(_drops(at(self, p)) for p in roles.dropouts):
             return super().forward(*args, **kwargs)
         mixed = attend(self, roles, x, None)
         return wrapped(at(self, roles.proj)(mixed) if roles.proj else mixed, form)

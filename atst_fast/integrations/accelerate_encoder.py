@@ -149,8 +149,9 @@ class FusedEncoder(Fused):
         if self.fixed_shapes or any(block.is_fixed(x) for block in blocks):
             rows = FixedRows.build(read, every, count)
             stream = Stream(x)
-            for block in blocks:
-                stream = block.advance(stream, every, "zero", rows if block is blocks[-1] else None)
+            for block in blocks[:-1]:
+                stream = block.advance(stream, every, "zero")
+            stream = blocks[-1].advance(stream, every, "zero", rows)
             return stream.norm(norm)[1]
         for block in blocks[:-1]:
             x = block.sequential(x, every, "zero")

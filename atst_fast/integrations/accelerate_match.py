@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from atst_fast.integrations.accelerate_probe import hooked
+
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 _SCALES = ("scale", "scaling", "softmax_scale")
 _LENGTHS = ("length", "lengths")
@@ -67,7 +69,7 @@ class Roles(NamedTuple):
     fc2: str
     drops: tuple[str, ...]  # the stochastic depth of both branches
     dropouts: tuple[str, ...]
-    watched: tuple[str, ...]  # modules that are not called: none may have a hook
+    watched: tuple[tuple[str, type[nn.Module]], ...]  # modules that are not called as they were: none may have a hook
 
 
 def at(module: nn.Module, path: str) -> Any:
@@ -87,6 +89,7 @@ class _Leaves:
         self.drops: list[str] = []
         self.dropouts: list[tuple[str, nn.Dropout]] = []
         self.containers: list[str] = []
+        self.identities: list[str] = []
         self._visit("", module)
 
     def _visit(self, path: str, module: nn.Module) -> None:
@@ -100,7 +103,7 @@ class _Leaves:
             elif isinstance(child, nn.Dropout):
                 self.dropouts.append((where, child))
             elif isinstance(child, nn.Identity):
-                pass
+                self.identities.append(where)
             elif own:
                 _refuse(where, child, f"with {own[0]} of its own")
             elif list(child.children()):
@@ -110,6 +113,11 @@ class _Leaves:
                 self.drops.append(where)
             else:
                 self.acts.append((where, child))
+
+    @property
+    def watched(self) -> list[str]:
+        """What does nothing by itself, or is called with something else: whether it is still that must be looked at."""
+        return [*self.containers, *self.identities, *self.drops, *(path for path, _ in self.dropouts)]
 
 
 def _refuse(where: str, child: nn.Module, what: str = "") -> NoReturn:
@@ -148,10 +156,10 @@ def block_roles(module: nn.Module) -> Roles:
     _check_drops(leaves)
     (proj, fc1, fc2), (norm1, norm2) = [p for p, _ in others], [p for p, _ in leaves.norms]
     gelu = act is None or _is_gelu(act[1])
-    watched = [*leaves.containers, *(p for p, _ in leaves.dropouts), *([act[0]] if act and gelu else [])]
+    watched = leaves.watched + ([act[0]] if act and gelu else [])
     return Roles(
         dim, qkv, *_heads(module, qkv, dim), proj, norm1, norm2, fc1, act and act[0], gelu, fc2,
-        _twice(leaves.drops), tuple(p for p, _ in leaves.dropouts), tuple(watched),
+        _twice(leaves.drops), tuple(p for p, _ in leaves.dropouts), _kinds(module, watched),
     )  # fmt: skip
 
 
@@ -171,7 +179,25 @@ def attention_roles(module: nn.Module) -> Roles:
     _check_drops(leaves)
     proj = others[0][0] if others else ""
     dropouts = tuple(p for p, _ in leaves.dropouts)
-    return Roles(dim, qkv, *_heads(module, qkv, dim), proj, "", "", "", None, False, "", (), dropouts, dropouts)
+    watched = _kinds(module, leaves.watched)
+    return Roles(dim, qkv, *_heads(module, qkv, dim), proj, "", "", "", None, False, "", (), dropouts, watched)
+
+
+def _kinds(module: nn.Module, paths: list[str]) -> tuple[tuple[str, type[nn.Module]], ...]:
+    return tuple((path, type(at(module, path))) for path in paths)
+
+
+def changed(module: nn.Module, roles: Roles) -> str | None:
+    """The first of the watched modules that has a hook or a forward of its own, or is another kind than it was."""
+    child: Any
+    for path, kind in roles.watched:
+        try:
+            child = at(module, path)
+        except AttributeError:
+            return path
+        if type(child) is not kind or hooked(child):
+            return path
+    return None
 
 
 def _shape(linear: nn.Module) -> tuple[int, int]:

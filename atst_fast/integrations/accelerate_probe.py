@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 # of the largest value: rounding of float64 is 1e-16, another formula far more than this (GELU by tanh: 1e-4)
 PROBE_RTOL = 1e-9
@@ -31,6 +32,7 @@ _HOOKS = (
 )
 
 
+_NUMBERS = (bool, int, float, str, tuple)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -56,6 +58,8 @@ def replica(module: nn.Module, replaced: Mapping[int, Any] | None = None, dtype:
     generator = torch.Generator("cpu").manual_seed(0)
     memo: dict[int, Any] = dict(replaced or {})
     for child in module.modules():
+        if any(is_lazy(tensor) for tensor in [*child.parameters(False), *child.buffers(False)]):
+            raise Unlike(f"{type(child).__name__} has no shape before the model has run once")
         memo |= {id(getattr(child, name)): OrderedDict() for name in _HOOKS if hasattr(child, name)}
         for p in child._parameters.values():
             if p is not None and id(p) not in memo:
@@ -80,9 +84,32 @@ def run(function: Callable, *args, seed: int = 0, **kwargs):
             torch.default_generator.manual_seed(seed)
             return function(*args, **kwargs)
     except Exception as error:
-        raise Unlike(f"it does not run as expected: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise Unlike(f"it does not run as expected: {_first_line(error)}") from error
     finally:
         torch.set_rng_state(state)
+
+
+def _first_line(error: Exception) -> str:
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """Everything that the modules have as attributes of their own, by dotted names."""
+    found: dict[str, Any] = {}
+    for name, child in module.named_modules():
+        own = {key: value for key, value in vars(child).items() if key not in _OF_EVERY_MODULE} | child._buffers
+        found |= {f"{name}.{key}" if name else key: value for key, value in own.items()}
+    return found
+
+
+def difference(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """The name of an attribute that was not there before, or was another object, or another number."""
+    for name, value in after.items():
+        same = name in before and (before[name] is value or (type(value) in _NUMBERS and before[name] == value))
+        if not same:
+            return name
+    return None
 
 
 @torch.no_grad()
@@ -121,6 +148,9 @@ def described(module: nn.Module) -> tuple:
                 plain.append((key, repr(value)))
             else:
                 plain.append((key, str(id(value))))
-        shapes = [(k, None if v is None else tuple(v.shape)) for k, v in (child._parameters | child._buffers).items()]
+        shapes = [
+            (k, None if v is None or is_lazy(v) else tuple(v.shape))
+            for k, v in (child._parameters | child._buffers).items()
+        ]
         rows.append((name, type(child), hooked(child), tuple(plain), tuple(shapes)))
     return tuple(rows)
