@@ -130,7 +130,8 @@ class Embedder(Pretrained):
         for owners, parts, spans in self._batches(mel, samples, "timestamps"):
             for (owner, order), tokens, span in zip(owners, self.encode(parts, spans)[1], spans):
                 pieces[owner][order] = tokens[: span.tokens]
-        clips = [torch.cat([of[order] for order in sorted(of)]) for of in pieces]
+        none = mel.new_zeros(0, self.timestamp_embedding_size)  # of what the official code has no whole patch of
+        clips = [torch.cat([none, *(of[order] for order in sorted(of))]) for of in pieces]
         embeddings = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
         return embeddings, self.times(embeddings.shape[1], mel.device).expand(len(clips), -1)
 
@@ -190,7 +191,8 @@ class Embedder(Pretrained):
             row[: span.tokens] = 1
             row[span.tokens - 1] = span.last
             row *= span.share / span.divisor
-        pooled = torch.bmm(weights.to(tokens.device)[:, None], tokens)[:, 0]
+        with torch.autocast(tokens.device.type, enabled=False):  # a mean in half precision would be rounded
+            pooled = torch.bmm(weights.to(tokens.device)[:, None], tokens)[:, 0]
         if cls is None or not self._has_cls:
             return pooled
         shares = torch.tensor([span.share for span in spans]).to(tokens.device)

@@ -350,3 +350,22 @@ def test_copies_and_pickles_give_the_same():
     with torch.no_grad():
         for same in (copy.deepcopy(e), pickle.loads(pickle.dumps(e))):
             assert torch.equal(same.scene(waveform), e.scene(waveform))
+
+
+def test_under_autocast_means_are_float32():
+    e, waveform = embedder(), noise(2, 2 * SECOND)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scene, tokens = e.scene(waveform), e.timestamps(waveform)[0]
+    assert scene.dtype == tokens.dtype == torch.float32
+    torch.testing.assert_close(scene, tokens.mean(1), rtol=POOLED, atol=POOLED)
+
+
+def test_the_official_code_has_no_tokens_of_less_than_a_patch():
+    e = Embedder(encoder(patch=(64, 16)), official=True)
+    embeddings, ms = e.timestamps(noise(2, 1600))
+    assert embeddings.shape == (2, 0, e.timestamp_embedding_size)
+    assert ms.shape == (2, 0)
+    lengths = torch.tensor([SECOND, 1600])
+    embeddings, _ = e.timestamps(noise(2, SECOND), lengths)
+    assert embeddings.shape[1] == 6
+    assert not embeddings[1].any()
