@@ -14,6 +14,7 @@ from atst_fast.integrations.accelerate_encoder import (
     FusedClipEncoder,
     FusedEncoder,
     FusedFrameEncoder,
+    check_arguments,
     encoder_kind,
     patch_layer,
 )
@@ -232,6 +233,7 @@ class _Search:
         rows = self.flags["block"] and self.flags["attention"]
         plan = EncoderPlan(layer, kind_of_layer, self.flags["patch_embed"], rows)
         mixin = FusedFrameEncoder if kind == "frame" else FusedClipEncoder
+        check_arguments(module, mixin)
         _compare_encoder(module, kind, mixin, plan)
         return mixin, plan
 

@@ -1,5 +1,6 @@
 """The fused forward of audiossl's two encoders, FrameAST and AST."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,14 @@ def encoder_kind(module: nn.Module) -> str | None:
     if "norm_frame" in parts:
         return "frame"
     return "clip" if "norm" in parts else None
+
+
+def check_arguments(module: nn.Module, mixin: type["FusedEncoder"]) -> None:
+    """Raise `Unknown` unless the methods that are replaced take what audiossl's do, in the same places."""
+    for method in ("forward", "prepare_tokens"):
+        theirs, ours = (list(inspect.signature(getattr(kind, method)).parameters) for kind in (type(module), mixin))
+        if theirs != ours:
+            raise Unknown(f"its {method} takes {', '.join(theirs[1:])}, not {', '.join(ours[1:])}")
 
 
 def patch_layer(module: nn.Module) -> tuple[str, type[nn.Module]]:

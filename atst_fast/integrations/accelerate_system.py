@@ -46,6 +46,8 @@ def check_head(module: Any) -> None:
     for i in (0, 3):
         if not hasattr(module[i], "in_features"):
             raise Unknown(f"its layer {i} is {type(module[i]).__name__}")
+    if type(module).forward is not nn.Sequential.forward:
+        raise Unknown("it has a forward of its own")
     if hooked(module[1]) or hooked(module[2]):
         raise Unknown("its norm or ReLU has a hook")
     if not module[1].affine or module[1].momentum is None:
@@ -69,10 +71,11 @@ class FusedLoss(Fused):
     plan: LossPlan
     agreed: bool | None = None  # of the class made for this module
 
-    def forward(self, student, teacher):
+    def forward(self, *args, **kwargs):
         cls = type(self)
-        if cls.agreed is False or not self._takes(student, teacher):
-            return super().forward(student, teacher)
+        if cls.agreed is False or kwargs or len(args) != 2 or not self._takes(*args):
+            return super().forward(*args, **kwargs)
+        student, teacher = args
         if cls.agreed is None:
             if torch.compiler.is_compiling():
                 return super().forward(student, teacher)

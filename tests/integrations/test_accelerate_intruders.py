@@ -208,3 +208,41 @@ def test_audiossl_blocks_follow_a_patched_norm():
     block.fixed_shapes = True
     patch(block.norm2)
     assert same(block, x)
+
+
+def test_a_head_and_a_loss_that_take_more():
+    class Head(nn.Sequential):
+        def forward(self, x, factor=1.0):
+            return factor * super().forward(x)
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.symmetric = True
+
+        def forward(self, q, z, weight=1.0):
+            return q.sum() * weight, z.sum(), z.mean()
+
+    head = Head(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    (entry,) = accelerate(head)
+    assert (entry.replaced, entry.note) == (False, "it has a forward of its own")
+    assert head(torch.randn(5, 4), 2.0).shape == (5, 2)
+    loss, x = Loss(), torch.randn(4, 3)
+    accelerate(loss)
+    assert loss(x, x, 3.0)[0] == 3 * x.sum()
+    assert loss(q=x, z=x)[0] == x.sum()
+
+
+class OtherOrder(FrameAST):
+    def forward(self, x, mask_index=None, length=None, mask_input=True):
+        return super().forward(x, mask_index, mask_input, length)
+
+
+def test_an_encoder_with_other_arguments():
+    torch.manual_seed(0)
+    encoder = OtherOrder(embed_dim=D, depth=1, num_heads=H, spec_w=40).eval()
+    mel, mask, length = torch.randn(2, 1, 64, 40), torch.rand(2, 10) < 0.5, torch.tensor([40, 20])
+    want = encoder(mel, mask, length)
+    entry = next(entry for entry in accelerate(encoder) if entry.part == "encoder")
+    assert entry.note == "its forward takes x, mask_index, length, mask_input, not x, mask_index, mask_input, length"
+    torch.testing.assert_close(encoder(mel, mask, length), want, rtol=NETWORK_RTOL, atol=NETWORK_RTOL)
