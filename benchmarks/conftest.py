@@ -41,6 +41,7 @@ GPU's rates.
 """
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,7 @@ from benchmarks import report
 if not torch.cuda.is_available() or atst_fast.build_info()["cuda"].startswith("none"):
     collect_ignore_glob = ["gpu/bench_*.py"]
 
+HERE = Path(__file__).parent
 CASES = pytest.StashKey[dict]()  # device: the cases that were measured
 GPU_MACHINE = pytest.StashKey[dict]()  # with the run's date
 
@@ -73,7 +75,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     enabled, curves = config.getoption("benchmark_enable"), config.getoption("--curves")
-    left = [item for item in items if not _wanted(item, enabled, curves)]
+    here = [item for item in items if HERE in item.path.parents]  # pytest hands over those of tests/ as well
+    left = [item for item in here if not _wanted(item, enabled, curves)]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in left]
 
