@@ -132,7 +132,8 @@ class AdamWEMA(torch.optim.Optimizer):
         ``optimizer`` is torch.optim.AdamW or transformers' AdamW (without ``amsgrad`` and ``maximize``, and with
         ``correct_bias``), which keeps its own state; the form follows from which of the two it is. ``options``:
         ``teacher``, ``momentum``, ``max_grad_norm``, ``shadows`` as for the class, and ``form``. With ``teacher`` the
-        step moves the teacher: do not call ``update_teacher`` as well.
+        step moves the teacher: do not call ``update_teacher`` as well. Make a scheduler for this optimizer: that of the
+        other one moves the other one's rates.
 
         Raises TypeError for another kind of optimizer, ValueError for a setting that this one has not.
         """

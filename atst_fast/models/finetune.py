@@ -86,7 +86,12 @@ class FineTuned(nn.Module):
         """Logits ``[B, classes]``, or ``[B, L, classes]`` at frame level, of mel ``[B, 1, n_mels, T]`` with ``lengths``
         int64 ``[B]`` valid frames (None: all). Differentiable in the weights and ``mel``."""
         features = read(self.encoder, mel, lengths, self.level, self.chunk_frames, scale_bug=self.scale_bug)
-        return self.head(features)
+        return self.head(_as_read(features, self.head))
+
+
+def _as_read(features: Tensor, head: LinearHead) -> Tensor:
+    """In the dtype of the head: means over tokens are float32."""
+    return features.to(head.linear.weight.dtype)
 
 
 class DistilledLogits(NamedTuple):
@@ -163,6 +168,7 @@ class Distilled(nn.Module):
         with torch.no_grad():
             teacher = self.teacher(mel, lengths)
         features = read(self.student, mel, lengths, self.config["level"], self.config["chunk_frames"])
+        features = _as_read(features, self.linear)
         label = distilled = self.linear(features)
         if self.projector is not None and self.project_linear is not None:
             distilled = self.project_linear(self.projector(features))

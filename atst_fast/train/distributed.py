@@ -21,13 +21,14 @@ _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class World:
-    """The processes of a run; this one is number ``rank`` of ``size`` and computes on ``device``.
+    """The processes of a run; this one is number ``rank`` of ``size`` and computes on ``device``. torchrun has started
+    them anew ``restarts`` times.
 
     Every process calls the same methods in the same order. With one process they do nothing.
     """
 
-    def __init__(self, device: torch.device, rank: int = 0, size: int = 1):
-        self.device, self.rank, self.size = device, rank, size
+    def __init__(self, device: torch.device, rank: int = 0, size: int = 1, restarts: int = 0):
+        self.device, self.rank, self.size, self.restarts = device, rank, size, restarts
         # of its own, on the CPU: its operations never mix with those of the gradients, nor wait for a GPU
         self._hosts = dist.new_group(backend="gloo") if size > 1 else None
         self._vote: tuple[Tensor, dist.Work] | None = None
@@ -116,11 +117,12 @@ def join(device: str) -> Iterator[World]:
         torch.cuda.set_device(own)
     # torchrun's store outlives a restart: what the processes before have left there must not be taken for these ones'.
     store, *_ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    store = dist.PrefixStore(f"restart {restarts}", store)
     backends = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
     dist.init_process_group(backends, store=store, rank=rank, world_size=size)
     try:
-        yield World(own, rank, size)
+        yield World(own, rank, size, restarts)
     finally:
         dist.destroy_process_group()
 

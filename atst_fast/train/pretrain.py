@@ -137,7 +137,8 @@ class Run:
 
     def resume(self) -> None:
         """Bring everything to where the checkpoint stands, if there is one to go on from."""
-        path = to_resume(self.config.out, self.config.resume)
+        # what torchrun starts anew goes on, however the run began
+        path = to_resume(self.config.out, "auto" if self.world.restarts else self.config.resume)
         if path is None:
             return
         loaded, state = checkpoint.load(path), checkpoint.load_state(path)

@@ -141,6 +141,27 @@ def test_frame_level(kind):
     assert student(torch.randn(2, 1, 64, 246)).label.shape == (2, 61, 5)
 
 
+def test_what_is_configured_is_used():
+    """The scale of long clips' means, and the student's chunks."""
+    encoder, mel = ClipEncoder(SIZE, max_frames=101).eval(), torch.randn(1, 1, 64, 180)
+    lengths = torch.tensor([180])
+    models = [FineTuned(encoder, 3, scale_bug=bug).eval() for bug in (True, False)]
+    models[1].head.load_state_dict(models[0].head.state_dict())
+    assert not torch.allclose(*(model(mel, lengths) for model in models))
+    student = FrameEncoder(SIZE)
+    system = Distilled(FineTuned(ClipEncoder(SIZE), 3), student, chunk_frames=101).eval()
+    assert system.tagger.chunk_frames == 101
+    assert torch.equal(system(mel, lengths).label, system.tagger(mel, lengths))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves(dtype):
+    teacher = FineTuned(ClipEncoder(SIZE, max_frames=101), 3)
+    system = Distilled(teacher, FrameEncoder(SIZE), project=16).to(dtype)
+    out = system(torch.randn(2, 1, 64, 100).to(dtype))
+    assert all(x.dtype == dtype and x.isfinite().all() for x in out)
+
+
 def test_default_chunks():
     assert FineTuned(ClipEncoder(SIZE), 2).chunk_frames == 601
     assert FineTuned(ClipEncoder(SIZE, max_frames=201), 2).chunk_frames == 201

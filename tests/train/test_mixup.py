@@ -36,6 +36,41 @@ def test_labels_are_mixed_as_clips_are(plain):
     assert len(seen) > 60
 
 
+def test_shares_are_drawn_from_a_symmetric_beta(plain):
+    """Ones whose partners are zeros: what is left of a one is its share."""
+    mixup, shares = Mixup(1, 0.5, seed=3), []
+    mel, lengths, targets = torch.zeros(20, 1, 2, 4), torch.full((20,), 4), torch.zeros(20, 1)
+    targets[1::2] = 1
+    for step in range(30):
+        shares.append(mixup(mel, lengths, targets, step)[1][1::2, 0])
+    shares = torch.cat(shares)
+    assert shares.mean().item() == pytest.approx(0.5, abs=0.06)  # three deviations of the mean of 300
+    assert shares.var().item() == pytest.approx(0.125, abs=0.02)
+
+
+def test_a_batch_larger_than_the_bank(plain):
+    mixup = Mixup(2, 0.5, seed=1)
+    for step in range(20):
+        mel, lengths, targets = batch(step, (20,) * 5)
+        out, labels = mixup(mel, lengths, targets, step)
+        torch.testing.assert_close(out[:, 0, 0, :5], labels)
+        assert (labels[:, 0] >= (targets[:, 0] - 2).clamp(min=1)).all()
+
+
+def test_the_crop_is_in_both_axes(monkeypatch):
+    """A ramp over the bands: a part of it, stretched, spans less of its range."""
+    monkeypatch.setattr(Mixup, "_mix", lambda self, mel, lengths, targets, draws: (mel.clone(), targets))
+    mixup, mel = Mixup(2, 0.5, seed=0), torch.linspace(1, 2, 64)[None, None, :, None].repeat(1, 1, 1, 40)
+    spans, silent = [], 0
+    for step in range(12):
+        out = mixup(mel, torch.tensor([40]), torch.zeros(1, 1), step)[0][0, 0]
+        column = out[:, out[0].argmax()]
+        spans.append((column[0] / column[-1]).item())
+        silent += bool((out[0] == 0).any())  # of the canvas that is longer than the clip
+    assert max(spans) > 0.6
+    assert silent
+
+
 def test_the_very_first_clip_has_no_partner(plain):
     mel, lengths, targets = batch(0)
     out, labels = Mixup(4, 0.5, seed=0)(mel, lengths, targets, 0)

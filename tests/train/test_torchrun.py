@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 
 from atst_fast.models import ATSTClip
 from atst_fast.models.encoder import ARCHS
@@ -120,6 +121,21 @@ def test_atst_clip_in_two_processes(clips, tmp_path):
     weights, _ = final(config)
     pair = [weights[f"model.{who}.encoder.mask_embed"] for who in ("student", "teacher")]
     assert torch.equal(*pair)
+
+
+def test_what_is_started_anew_goes_on(clips, tmp_path, monkeypatch):
+    """Also where the run itself was to be a new one."""
+    monkeypatch.setitem(ARCHS, "tiny", SIZE)
+    config = but(settings(clips, tmp_path / "run"), steps=2, resume="never")
+    assert pretrain.pretrain(config) == 0
+    for restarts, done in ((1, 2), (0, None)):
+        run = pretrain.Run(config, World(torch.device("cpu"), restarts=restarts), Console(quiet=True))
+        if done is None:
+            with pytest.raises(UserError, match="--resume is never"):
+                run.resume()
+        else:
+            run.resume()
+            assert run.done == done
 
 
 def test_another_number_of_processes_is_another_run(whole, monkeypatch):
