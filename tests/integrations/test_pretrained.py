@@ -37,7 +37,9 @@ def test_its_encoder_alone(embedder, tmp_path):
     assert (loaded.layout, loaded.encoder.config) == ("pretrained", embedder.encoder.config)
     assert loaded.front_end == embedder.front_end.config
     assert loaded.front_end["win_length"] == embedder.front_end.spectrogram.window.numel()
-    assert hear.load_model(tmp_path).scene_embedding_size == 2 * embedder.scene_embedding_size  # of all its blocks
+    size = embedder.scene_embedding_size  # of one block, which is what it says of itself
+    assert hear.load_model(tmp_path).scene_embedding_size == size
+    assert hear.load_model(tmp_path, n_blocks=2).scene_embedding_size == 2 * size
 
 
 def test_refusals(embedder, tmp_path):
