@@ -287,7 +287,7 @@ class AdamWEMA(torch.optim.Optimizer):
             scale = torch.tensor(factor, dtype=torch.float64)
         if self.max_grad_norm is None:
             return scale
-        norm = _whole_norm(grads) if self._sharded else _ops.grad_norm(grads)
+        norm = _ops.grad_norm(grads)
         self.grad_norm = norm if scale is None else norm * scale.abs()
         clip = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
         return clip if scale is None else clip * scale
@@ -372,12 +372,6 @@ def _on_gpu(device: torch.device) -> bool:
 
 def _capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
-
-
-def _whole_norm(grads: list[Tensor]) -> Tensor:
-    """The norm of sharded gradients, of all processes together."""
-    norm: Any = torch.nn.utils.get_total_norm(grads)
-    return norm.full_tensor()
 
 
 def _dense(g: Tensor) -> Tensor:

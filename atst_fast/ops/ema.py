@@ -59,12 +59,15 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
 
     ``grads``: contiguous float32 or bfloat16 tensors of any shapes on one device, on which the result is, and nobody
     waits for it; an empty list gives 0 on the CPU. Summed in float64, so its relative error is below 1e-12; the bits do
-    not depend on the number of threads (those of a GPU and a CPU differ within that error). Not differentiable.
+    not depend on the number of threads (those of a GPU and a CPU differ within that error). Not differentiable. The
+    norm of sharded tensors (DTensors, as FSDP2 makes them) is of all processes' shards, summed by torch in float32.
     Raises ValueError or TypeError for other layouts, dtypes and different devices.
     """
     grads = _list("grad_norm", "grads", grads)
     if not grads:
         return torch.zeros((), dtype=torch.float64)
+    if is_sharded(grads[0]):
+        return torch.nn.utils.get_total_norm(grads).full_tensor()  # type: ignore[attr-defined]
 
     def explain() -> None:
         for i, g in enumerate(grads):
