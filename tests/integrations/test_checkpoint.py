@@ -1,11 +1,9 @@
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import atst_fast
 from atst_fast import CheckpointError, load_checkpoint
 from atst_fast.models import FrameEncoder
-from atst_fast.train import checkpoint
 from tests.integrations.layouts import (
     FRAMES,
     HYPER,
@@ -16,6 +14,9 @@ from tests.integrations.layouts import (
     linear_head,
     prefixed,
 )
+
+save_file = pytest.importorskip("safetensors.torch", reason="needs the extra train").save_file
+checkpoint = pytest.importorskip("atst_fast.train.checkpoint", reason="needs the extra train")
 
 
 @pytest.mark.parametrize("which", ["teacher", "student"])

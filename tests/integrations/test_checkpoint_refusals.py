@@ -7,11 +7,12 @@ import pathlib
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from atst_fast import CheckpointError, load_checkpoint
 from atst_fast.models import ATSTClip
 from tests.integrations.layouts import HYPER, SIZE, lightning, prefixed
+
+save_file = pytest.importorskip("safetensors.torch", reason="needs the extra train").save_file
 
 
 def test_missing(bare):

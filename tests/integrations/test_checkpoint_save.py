@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from atst_fast import Checkpoint, load_checkpoint, save_checkpoint
 from atst_fast.models import ClipEncoder, FrameEncoder
@@ -26,6 +24,9 @@ from tests.integrations.layouts import (
     moved,
     prefixed,
 )
+
+safe_open = pytest.importorskip("safetensors", reason="needs the extra train").safe_open
+load_file = pytest.importorskip("safetensors.torch", reason="needs the extra train").load_file
 
 SYSTEMS = {"frame": frame_system, "clip": clip_system}
 
