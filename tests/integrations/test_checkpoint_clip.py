@@ -19,6 +19,8 @@ from tests.integrations.layouts import (
     prefixed,
 )
 
+pytest.importorskip("safetensors", reason="needs the extra train")
+
 
 @pytest.mark.parametrize("which", ["teacher", "student"])
 def test_lightning(tmp_path, which):

@@ -7,6 +7,8 @@ from atst_fast import CheckpointError, Embedder, hear, load_checkpoint
 from atst_fast.models import ClipEncoder, FrameEncoder
 from tests.integrations.layouts import assert_same, moved
 
+pytest.importorskip("safetensors", reason="needs the extra train")
+
 SIZE = {"dim": 48, "depth": 2, "num_heads": 3}
 FRONT_END = {"win_length": 640, "f_min": 50.0, "top_db": None, "minmax": None}
 

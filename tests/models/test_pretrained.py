@@ -8,6 +8,8 @@ from atst_fast.models import ClipEncoder, FrameEncoder
 from atst_fast.models.pretrained import Pretrained
 from tests.integrations.layouts import FRAMES, assert_same, moved
 
+pytest.importorskip("safetensors", reason="needs the extra train")
+
 SIZE = {"dim": 48, "depth": 2, "num_heads": 3}
 KINDS = [FrameEncoder, ClipEncoder]
 
