@@ -17,8 +17,14 @@ _DTYPES = {"F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I1
 _DTYPES |= {"BOOL": torch.bool}
 
 
-@cache
 def load(name: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors of the caller's own, to write into as it likes."""
+    tensors, meta = _stored(name)
+    return {k: v.clone() for k, v in tensors.items()}, dict(meta)
+
+
+@cache
+def _stored(name: str) -> tuple[dict[str, torch.Tensor], dict]:
     tensors = _read(FOLDER / f"{name}.safetensors")
     meta = json.loads((FOLDER / f"{name}.json").read_text())["meta"]
     return {k: v.float() if v.dtype == torch.float16 else v for k, v in tensors.items()}, meta
@@ -39,7 +45,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 def assert_golden(name: str, key: str, got: torch.Tensor) -> None:
     """``got`` is the golden tensor ``key``, up to the noise of the reference itself (see tests/tolerances.py)."""
-    want = load(name)[0][key]
+    want = _stored(name)[0][key]
     noise = json.loads((FOLDER / f"{name}.json").read_text())["tensors"][key].get("f64_diff", 0.0)
     atol = GOLDEN_NOISE * noise + GOLDEN_ULPS * want.abs().max().item()
     torch.testing.assert_close(got.detach(), want, rtol=0, atol=atol, msg=lambda m: f"{name}: {key}: {m}")
