@@ -77,12 +77,12 @@ def load_network(
     content: Content, layout: Layout, network: Network, num_heads: int | None, source: object
 ) -> tuple[FrameEncoder | ClipEncoder, dict[str, Any]]:
     """Encoder and front end of one network of a file; ``CheckpointError`` with the list of what does not fit."""
-    weights = {k: content.tensors[network.prefix + k] for k in network.keys}
-    config = config_of(content.config, network.role, layout.name)
-    known = weights
+    networks = {n.prefix: {k: content.tensors[n.prefix + k] for k in n.keys} for n in layout.networks}
+    weights = known = networks[network.prefix]
+    config = config_of(content.config, network.role, layout.name, weights, networks.values())
     if layout.name in STRICT and "model" not in config:
         # student and teacher are of one shape there: what one has and the other lacks is missing
-        known = {k: content.tensors[n.prefix + k] for n in layout.networks for k in n.keys} | weights
+        known = {k: v for other in networks.values() for k, v in other.items()} | weights
     kind: type[FrameEncoder | ClipEncoder] = ClipEncoder if is_clip(known) else FrameEncoder
     try:
         encoder = kind.from_config({"model": encoder_settings(config, known, num_heads, source)})

@@ -28,15 +28,23 @@ _HEAD_DIM = 64  # channels, likewise
 _OF_SYSTEM = ("hidden", "out", "symmetric")
 
 
-def config_of(config: Mapping[str, Any], role: str, layout: str) -> Mapping[str, Any]:
-    """What a file says of one of its networks. ``models`` holds, by role, what differs from ``model``, and in a file
-    that ATST-C2F distilled ``model`` is the student's."""
+def config_of(
+    config: Mapping[str, Any],
+    role: str,
+    layout: str,
+    weights: Mapping[str, Tensor],
+    networks: Iterable[Mapping[str, Tensor]],
+) -> Mapping[str, Any]:
+    """What a file says of the network of ``weights``, one of ``networks`` (names without prefix). ``models`` holds, by
+    role, what differs from ``model``. In a file that ATST-C2F distilled ``model`` is the student's, and what a script
+    said may be of either: there only what fits the network's tensors counts."""
     by_role = config.get("models")
     if isinstance(by_role, Mapping) and role in by_role:
         return {**config, "model": by_role[role]}
-    if layout == "distilled" and role == "teacher":
-        return {k: v for k, v in config.items() if k != "model"}
-    return config
+    if layout != "distilled" or (role == "student" and "model" in config):
+        return config
+    fitting = _fitting(_said(config), _shared_bands(config, networks), weights)
+    return {k: v for k, v in config.items() if k not in ("model", "args")} | {"hyper_parameters": fitting}
 
 
 def is_clip(weights: Mapping[str, Tensor]) -> bool:
@@ -117,6 +125,46 @@ def _said(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return said if isinstance(said, Mapping) else {}
 
 
+def _shared_bands(config: Mapping[str, Any], networks: Iterable[Mapping[str, Tensor]]) -> int | None:
+    """Mel bins of the input that both networks of a distilled file see."""
+    front_end, said = config.get("front_end"), _said(config)
+    known = front_end.get("n_mels") if isinstance(front_end, Mapping) else None
+    known = known or said.get("n_mels") or said.get("spec_h")
+    if known:
+        return known if isinstance(known, int) else None
+    sizes = {_patch_size(weights) for weights in networks} - {None}
+    if len(sizes) == 1:
+        return max(sizes.pop() // _PATCH_WIDTH, 1)
+    usual = FRONT_END["n_mels"]  # patches of several widths, but of one height
+    return usual if sizes and not any(size % usual for size in sizes) else None
+
+
+def _fitting(said: Mapping[str, Any], bands: int | None, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """``said`` with the patch that these tensors have: the one it names, else one as high as the input."""
+    fitting = {**said} if bands is None else {**said, "n_mels": bands}
+    size, count = _patch_size(weights), _positions(weights)
+    if bands is None or size is None:
+        return fitting
+    height, width = said.get("patch_h"), said.get("patch_w")
+    if isinstance(height, int) and isinstance(width, int) and height * width == size:
+        rows, rest = divmod(bands, height)
+        if rows and not rest and count % rows == 0:
+            return fitting
+    return fitting | ({"patch_h": bands, "patch_w": size // bands} if size % bands == 0 else {})
+
+
+def _patch_size(weights: Mapping[str, Tensor]) -> int | None:
+    """Values of a patch, where its two sides are not to be seen."""
+    linear = weights.get("patch_embed.patch_embed.weight")
+    return linear.shape[1] if linear is not None and linear.dim() == 2 else None
+
+
+def _positions(weights: Mapping[str, Tensor]) -> int:
+    """Of patches; as many as the published models have where the file has none."""
+    positions = weights.get("pos_embed")
+    return positions.shape[1] - 1 if positions is not None and positions.dim() == 3 else 250
+
+
 def _arch(dim: int, depth: int, num_heads: int | None, source: object) -> str | dict[str, int]:
     if num_heads is None:
         if dim % _HEAD_DIM:
@@ -131,20 +179,18 @@ def _arch(dim: int, depth: int, num_heads: int | None, source: object) -> str | 
 
 def _patch(said: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[tuple[int, int], int]:
     """(mel bins, frames) of a patch, and mel bins of the input."""
-    linear, convolution = weights.get("patch_embed.patch_embed.weight"), weights.get("patch_embed.proj.weight")
+    convolution = weights.get("patch_embed.proj.weight")
     if convolution is not None and convolution.dim() == 4:
         height, width = convolution.shape[2:]
     else:
-        size = linear.shape[1] if linear is not None and linear.dim() == 2 else 64 * _PATCH_WIDTH
+        size = _patch_size(weights) or 64 * _PATCH_WIDTH
         width = said.get("patch_w") or _PATCH_WIDTH
         height = said.get("patch_h") or max(size // width, 1)
     return (height, width), said.get("n_mels") or said.get("spec_h") or height
 
 
 def _max_frames(said: Mapping[str, Any], weights: Mapping[str, Tensor], rows: int, width: int) -> int:
-    positions = weights.get("pos_embed")
-    count = positions.shape[1] - 1 if positions is not None and positions.dim() == 3 else 250
-    frames = said.get("spec_w")
+    count, frames = _positions(weights), said.get("spec_w")
     if isinstance(frames, int) and rows * (frames // width) == count:
         return frames
     # the frame more that a clip of whole patches has: 1001 for the 250 columns of the published models

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atst_fast import CheckpointError, load_checkpoint
-from atst_fast.models import ClipEncoder
+from atst_fast.models import ClipEncoder, Distilled, FineTuned, FrameEncoder
 from tests.integrations.layouts import (
     FRAMES,
     SIZE,
@@ -20,6 +20,7 @@ from tests.integrations.layouts import (
 )
 
 pytest.importorskip("safetensors", reason="needs the extra train")
+checkpoint = pytest.importorskip("atst_fast.train.checkpoint", reason="needs the extra train")
 
 
 @pytest.mark.parametrize("which", ["teacher", "student"])
@@ -133,3 +134,47 @@ def test_positions(tmp_path):
     mel = torch.randn(1, 1, 64, 60)
     assert torch.equal(longer(mel), same(mel))
     assert torch.equal(longer.pos_embed[:, 0], encoder.pos_embed[:, 0])
+
+
+_OTHER_SIZES = {
+    "arch": ({"dim": 128, "depth": 3, "num_heads": 2}, {}),
+    "frames": (SIZE, {"max_frames": 61}),
+    "patches of another width": (SIZE, {"patch": (64, 2)}),
+    "square patches": (SIZE, {"patch": (16, 16), "patch_embed": "CNN", "max_frames": 49}),
+    "convolution": (SIZE, {"patch_embed": "CNN"}),
+    "feed-forward": (SIZE, {"mlp_ratio": 2.0, "qkv_bias": True}),
+}
+
+
+@pytest.mark.parametrize("said", ["by us", "of the student", "of the teacher", "nothing"])
+@pytest.mark.parametrize("other", _OTHER_SIZES)
+def test_a_teacher_of_other_sizes_than_the_student(tmp_path, other, said):
+    """Whatever the file says, and of whichever network: each is read with its own sizes."""
+    size, options = _OTHER_SIZES[other]
+    teacher = ClipEncoder(size, **({"max_frames": FRAMES} | options))
+    model = moved(Distilled(FineTuned(teacher, 3), FrameEncoder(SIZE, max_frames=FRAMES)))
+    if said == "by us":  # as `atst-fast distill` writes it
+        config = {"model": model.student.config, "head": model.tagger.config, "front_end": {"n_mels": 64}}
+        path = checkpoint.save(tmp_path, 7, prefixed("model.", model.state_dict()), {}, config, 1, prefix="")
+    else:
+        sizes = {"of the student": model.student.config, "of the teacher": teacher.config}.get(said)
+        words = {} if sizes is None else {"n_mels": 64, "spec_h": 64, "spec_w": sizes["max_frames"]}
+        words |= dict(zip(("patch_h", "patch_w"), sizes["patch"] if sizes else ()))
+        path = tmp_path / "last.ckpt"
+        lightning(path, prefixed("model.", model.state_dict()), words)
+    for which, expected in (("teacher", teacher), ("student", model.student)):
+        loaded = load_checkpoint(path, which)
+        assert loaded.encoder.config == expected.config
+        assert_same(loaded.encoder.state_dict(), expected.state_dict())
+        assert loaded.front_end["n_mels"] == 64
+
+
+def test_patches_that_only_the_file_can_tell_apart(tmp_path):
+    """16 x 16 values in a row are 64 x 4 as well, and the number of positions does not always say which."""
+    teacher = ClipEncoder(SIZE, patch=(16, 16), max_frames=33)
+    model = moved(Distilled(FineTuned(teacher, 3), FrameEncoder(SIZE, max_frames=FRAMES)))
+    words = {"n_mels": 64, "patch_h": 16, "patch_w": 16, "spec_w": 33}
+    lightning(tmp_path / "last.ckpt", prefixed("model.", model.state_dict()), words)
+    assert load_checkpoint(tmp_path / "last.ckpt").encoder.config == teacher.config
+    # the student's 10 positions are not of four rows
+    assert load_checkpoint(tmp_path / "last.ckpt", "student").encoder.config == model.student.config
