@@ -1,14 +1,10 @@
-import copy
-import pickle
-
 import pytest
 import torch
 
 from atst_fast.models import ATSTClip
 from tests.golden import assert_golden, load
-from tests.golden.systems import clip_step, optimizer_of, set_rates
-from tests.models import plain_clip
-from tests.tolerances import GOLDEN_CHECKSUM, GOLDEN_LOSS_RTOL, NETWORK_RTOL, SCHEDULE_RTOL
+from tests.golden.systems import clip_step
+from tests.models import checks, plain_clip
 
 TINY = {"dim": 24, "depth": 3, "num_heads": 3}
 
@@ -30,20 +26,9 @@ def forward_and_back(system):
 
 
 def test_golden_step():
-    t, meta = load("clip_step")
     system, schedules = clip_step()
-    optimizer = optimizer_of(system)
     forward_and_back(system)
-    rates = schedules(meta["step"])
-    assert rates == pytest.approx((meta["lr"], meta["wd"], meta["ema_used"]), rel=SCHEDULE_RTOL)
-    set_rates(optimizer, rates)
-    optimizer.step()
-    state = system.state_dict()
-    for family, prefix in (("out/after_opt/", "student."), ("out/after_ema/", "teacher.")):
-        keys = [k for k in t if k.startswith(family)]
-        assert {k.removeprefix(family) for k in keys} == {k for k in state if k.startswith(prefix)}
-        for key in keys:
-            assert_golden("clip_step", key, state[key.removeprefix(family)])
+    checks.assert_golden_rates_and_update("clip_step", system, schedules)
 
 
 def test_golden_step_in_fixed_shapes():
@@ -62,72 +47,25 @@ def test_golden_outputs():
 
 
 def test_golden_five_steps():
-    t, meta = load("clip_step5")
-    system, schedules = clip_step()
-    optimizer = optimizer_of(system)
-    got = {"loss": [], "std_stu": [], "std_tea": [], "lr": [], "wd": [], "ema": []}
-    for step in range(5):
-        rates = schedules(step)
-        set_rates(optimizer, rates)
-        out = system(*golden_batch(t, f"in/step{step}/"))
-        optimizer.zero_grad()
-        out.loss.backward()
-        optimizer.step()
-        for key, value in zip(got, (*(x.item() for x in out), *rates)):
-            got[key].append(value)
-    for key, values in got.items():
-        rtol = SCHEDULE_RTOL if key in ("lr", "wd", "ema") else GOLDEN_LOSS_RTOL
-        torch.testing.assert_close(
-            torch.tensor(values, dtype=torch.float64), t[f"out/{key}"], rtol=rtol, atol=0, msg=key
-        )
-    state = system.state_dict()
-    assert set(meta["checksum_names"]) == set(state)
-    for key in meta["full"]:
-        assert_golden("clip_step5", f"out/final/{key}", state[key])
-    final = [state[name].double() for name in meta["checksum_names"]]
-    for key, sums in (("sum", [v.sum() for v in final]), ("abssum", [v.abs().sum() for v in final])):
-        torch.testing.assert_close(torch.stack(sums), t[f"out/checksum_{key}"], rtol=0, atol=GOLDEN_CHECKSUM)
+    checks.assert_five_golden_steps("clip_step5", *clip_step(), golden_batch)
 
 
 def both(drop_path_rate=0.5):
     kwargs = {"hidden": 40, "out": 16, "mlp_ratio": 2.0, "drop_path_rate": drop_path_rate}
     ours = ATSTClip(TINY, max_frames=41, **kwargs)
     plain = plain_clip.System(TINY, positions=10, **kwargs)
-    with torch.no_grad():
-        for p in ours.parameters():
-            p.add_(torch.randn_like(p), alpha=0.05)
-    plain.load_state_dict(ours.state_dict())
-    return ours, plain
+    return checks.trained_a_little(ours, plain)
 
 
 def random_batch(clips=4, frames=41):
     return *torch.randn(2, clips, 1, 64, frames), *torch.randint(0, frames + 1, (2, clips))
 
 
-def assert_same(ours, plain, what):
-    # gradients that the batch statistics cancel (norm.bias) are nothing but rounding of the others
-    atol = NETWORK_RTOL * max(plain.abs().max().item(), 1e-2)
-    torch.testing.assert_close(ours, plain, rtol=0, atol=atol, msg=lambda m: f"{what}: {m}")
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_step_equals_the_plain_structure(seed):
-    """With stochastic depth: the same seed drops the same branches in both."""
+    """With stochastic depth."""
     torch.manual_seed(seed)
-    ours, plain = both()
-    batch = random_batch(clips=2 + seed)
-    losses = []
-    for system in (ours, plain):
-        torch.manual_seed(seed + 100)
-        out = system(*batch)
-        out[0].backward()
-        losses.append(torch.stack([x.detach() for x in out]))
-    assert_same(*losses, "loss and spreads")
-    for name, p in plain.student.named_parameters():
-        if p.grad is not None:
-            assert_same(ours.student.get_parameter(name).grad, p.grad, name)
-    for name, buffer in plain.named_buffers():
-        assert_same(ours.get_buffer(name), buffer, name)
+    checks.assert_step_equals(*both(), random_batch(clips=2 + seed), seed + 100)
 
 
 def test_lengths_of_one_view_alone():
@@ -182,9 +120,7 @@ def test_copies_and_config():
     system, _ = both(drop_path_rate=0.0)
     batch = random_batch()
     want = system(*batch).loss
-    built = ATSTClip(**system.config)
-    built.load_state_dict(system.state_dict())
-    for other in (copy.deepcopy(system), pickle.loads(pickle.dumps(system)), built):
+    for other in checks.copies(system):
         assert torch.equal(other(*batch).loss, want)
 
 

@@ -1,5 +1,4 @@
 import copy
-import pickle
 
 import pytest
 import torch
@@ -7,15 +6,10 @@ import torch
 from atst_fast.models import ATSTFrame
 from benchmarks import official
 from tests.golden import assert_golden, load
-from tests.golden.systems import frame_step, optimizer_of, set_rates
-from tests.tolerances import GOLDEN_CHECKSUM, NETWORK_RTOL
+from tests.golden.systems import frame_step
+from tests.models import checks
 
 TINY = {"dim": 24, "depth": 3, "num_heads": 3}
-
-
-def golden_system(**kwargs):
-    system, schedules = frame_step(**kwargs)
-    return system, schedules, optimizer_of(system)
 
 
 def golden_batch(t, prefix="in/"):
@@ -25,8 +19,8 @@ def golden_batch(t, prefix="in/"):
 
 
 def test_golden_step():
-    t, meta = load("frame_step")
-    system, schedules, optimizer = golden_system()
+    t, _ = load("frame_step")
+    system, schedules = frame_step()
     out = system(*golden_batch(t))
     assert_golden("frame_step", "out/loss", out.loss[None])
     assert_golden("frame_step", "out/std_stu", out.std_student[None])
@@ -36,21 +30,12 @@ def test_golden_step():
     assert len(grads) == len(list(system.student.parameters()))
     for key in grads:
         assert_golden("frame_step", key, system.student.get_parameter(key.removeprefix("grad/")).grad)
-    rates = schedules(meta["step"])
-    assert rates == pytest.approx((meta["lr"], meta["wd"], meta["ema_used"]), rel=1e-12)
-    set_rates(optimizer, rates)
-    optimizer.step()
-    state = system.state_dict()
-    for family, prefix in (("out/after_opt/", "student."), ("out/after_ema/", "teacher.")):
-        keys = [k for k in t if k.startswith(family)]
-        assert {k.removeprefix(family) for k in keys} == {k for k in state if k.startswith(prefix)}
-        for key in keys:
-            assert_golden("frame_step", key, state[key.removeprefix(family)])
+    checks.assert_golden_rates_and_update("frame_step", system, schedules)
 
 
 def test_golden_outputs():
     t, _ = load("frame_step")
-    student, teacher = golden_system()[0].outputs(*golden_batch(t))
+    student, teacher = frame_step()[0].outputs(*golden_batch(t))
     assert_golden("frame_step", "out/student_output", student)
     assert_golden("frame_step", "out/teacher_output", teacher)
     assert not teacher.requires_grad
@@ -58,7 +43,7 @@ def test_golden_outputs():
 
 def test_golden_step_that_is_not_symmetric():
     t, _ = load("frame_step")
-    system, _, _ = golden_system(symmetric=False)
+    system, _ = frame_step(symmetric=False)
     out = system(*golden_batch(t))
     assert_golden("frame_step", "out/asym/loss", out.loss[None])
     assert_golden("frame_step", "out/asym/std_stu", out.std_student[None])
@@ -69,40 +54,14 @@ def test_golden_step_that_is_not_symmetric():
 
 
 def test_golden_five_steps():
-    t, meta = load("frame_step5")
-    system, schedules, optimizer = golden_system()
-    got = {"loss": [], "std_stu": [], "std_tea": [], "lr": [], "wd": [], "ema": []}
-    for step in range(5):
-        rates = schedules(step)
-        set_rates(optimizer, rates)
-        out = system(*golden_batch(t, f"in/step{step}/"))
-        optimizer.zero_grad()
-        out.loss.backward()
-        optimizer.step()
-        for key, value in zip(got, (*(x.item() for x in out), *rates)):
-            got[key].append(value)
-    for key, values in got.items():
-        want = t[f"out/{key}"]
-        noise = 1e-12 if key in ("lr", "wd", "ema") else 1e-5
-        torch.testing.assert_close(torch.tensor(values, dtype=torch.float64), want, rtol=noise, atol=0, msg=key)
-    state = system.state_dict()
-    assert set(meta["checksum_names"]) == set(state)
-    for key in meta["full"]:
-        assert_golden("frame_step5", f"out/final/{key}", state[key])
-    final = [state[name].double() for name in meta["checksum_names"]]
-    for key, sums in (("sum", [v.sum() for v in final]), ("abssum", [v.abs().sum() for v in final])):
-        torch.testing.assert_close(torch.stack(sums), t[f"out/checksum_{key}"], rtol=0, atol=GOLDEN_CHECKSUM)
+    checks.assert_five_golden_steps("frame_step5", *frame_step(), golden_batch)
 
 
 def both(symmetric=True, drop_path_rate=0.5):
     kwargs = {"hidden": 40, "out": 16, "mlp_ratio": 2.0, "drop_path_rate": drop_path_rate}
     ours = ATSTFrame(TINY, symmetric=symmetric, max_frames=41, **kwargs)
     plain = official.System(TINY, symmetric=symmetric, positions=10, **kwargs)
-    with torch.no_grad():
-        for p in ours.parameters():
-            p.add_(torch.randn_like(p), alpha=0.05)
-    plain.load_state_dict(ours.state_dict())
-    return ours, plain
+    return checks.trained_a_little(ours, plain)
 
 
 def random_batch(clips=4, frames=41):
@@ -111,30 +70,12 @@ def random_batch(clips=4, frames=41):
     return *torch.randn(2, clips, 1, 64, frames), torch.randint(8, frames + 1, (clips,)), mask
 
 
-def assert_same(ours, plain, what):
-    # gradients that the batch statistics cancel (norm_frame.bias) are nothing but rounding of the others
-    atol = NETWORK_RTOL * max(plain.abs().max().item(), 1e-2)
-    torch.testing.assert_close(ours, plain, rtol=0, atol=atol, msg=lambda m: f"{what}: {m}")
-
-
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("seed", range(3))
 def test_step_equals_the_plain_structure(symmetric, seed):
-    """With stochastic depth: the same seed drops the same branches in both."""
+    """With stochastic depth."""
     torch.manual_seed(seed)
-    ours, plain = both(symmetric)
-    batch = random_batch(clips=2 + seed)
-    losses = []
-    for system in (ours, plain):
-        torch.manual_seed(seed + 100)
-        out = system(*batch)
-        out[0].backward()
-        losses.append(torch.stack([x.detach() for x in out]))
-    assert_same(*losses, "loss and spreads")
-    for name, p in plain.student.named_parameters():
-        assert_same(ours.student.get_parameter(name).grad, p.grad, name)
-    for name, buffer in plain.named_buffers():
-        assert_same(ours.get_buffer(name), buffer, name)
+    checks.assert_step_equals(*both(symmetric), random_batch(clips=2 + seed), seed + 100)
 
 
 def test_teacher_has_no_graph_and_its_own_statistics():
@@ -196,20 +137,14 @@ def test_errors(change, message):
         system(**batch)
 
 
-def test_copies():
+def test_copies_and_config():
     system, _ = both(drop_path_rate=0.0)
     batch = random_batch()
     want = system(*batch).loss
-    for other in (copy.deepcopy(system), pickle.loads(pickle.dumps(system))):
+    for other in checks.copies(system):
         assert torch.equal(other(*batch).loss, want)
     with pytest.raises(RuntimeError, match="predictor"):
         system.load_state_dict({k: v for k, v in system.state_dict().items() if "predictor" not in k})
-
-
-def test_config_builds_the_same_system():
-    system, _ = both()
-    again = ATSTFrame(**system.config)
-    assert not any(again.load_state_dict(system.state_dict()))
 
 
 def test_autocast_trains():

@@ -1,13 +1,11 @@
-import copy
-import pickle
-
 import pytest
 import torch
 
 from atst_fast.models import ClipEncoder
 from tests.golden import assert_golden, load
 from tests.models import plain_clip
-from tests.tolerances import BF16_RTOL, NETWORK_RTOL, OTHER_ORDER
+from tests.models.checks import assert_same, copies
+from tests.tolerances import BF16_RTOL, OTHER_ORDER
 
 TINY = {"dim": 24, "depth": 2, "num_heads": 3}
 TOKENS = [c for c in load("prepare_tokens")[1]["cases"] if c["model"] == "AST"]
@@ -29,10 +27,6 @@ def plain_of(encoder):
     plain = plain_clip.Encoder(**TINY, mlp_ratio=2.0, positions=10)
     plain.load_state_dict(encoder.state_dict())
     return plain.eval()
-
-
-def assert_same(ours, plain):
-    torch.testing.assert_close(ours, plain, rtol=0, atol=NETWORK_RTOL * plain.abs().max().item())
 
 
 @pytest.mark.parametrize("case", TOKENS, ids=lambda c: c["id"])
@@ -195,18 +189,10 @@ def test_initialisation():
 
 
 @pytest.mark.parametrize("use_cls", [True, False])
-def test_config_builds_the_same_encoder(use_cls):
-    encoder = tiny(patch_embed="CNN", qkv_bias=True, use_cls=use_cls)
-    again = ClipEncoder(**encoder.config)
-    again.load_state_dict(encoder.state_dict())
+def test_copies_and_config(use_cls):
+    encoder = tiny(patch_embed="CNN", qkv_bias=True, use_cls=use_cls).eval()
     mel, lengths = batch()
-    assert torch.equal(again.eval()(mel, lengths), encoder.eval()(mel, lengths))
-
-
-def test_copies():
-    encoder = tiny().eval()
-    mel, lengths = batch()
-    for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+    for other in copies(encoder):
         assert torch.equal(other(mel, lengths), encoder(mel, lengths))
 
 

@@ -1,6 +1,4 @@
-import copy
 import math
-import pickle
 
 import pytest
 import torch
@@ -9,7 +7,8 @@ from atst_fast.models import ARCHS, FrameEncoder
 from atst_fast.nn import LogMelSpectrogram
 from benchmarks import official
 from tests.golden import assert_golden, load
-from tests.tolerances import BF16_RTOL, NETWORK_RTOL, OTHER_ORDER
+from tests.models.checks import assert_same, copies
+from tests.tolerances import BF16_RTOL, OTHER_ORDER
 
 TINY = {"dim": 24, "depth": 2, "num_heads": 3}
 TOKENS = [c for c in load("prepare_tokens")[1]["cases"] if c["model"] == "FrameAST"]
@@ -31,10 +30,6 @@ def plain_pair(**kwargs):
     plain = official.Encoder(**TINY, mlp_ratio=2.0, positions=10)
     plain.load_state_dict(ours.state_dict())
     return ours.eval(), plain.eval()
-
-
-def assert_same(ours, plain):
-    torch.testing.assert_close(ours, plain, rtol=0, atol=NETWORK_RTOL * plain.abs().max().item())
 
 
 # those of one chunk, which an encoder can take
@@ -199,18 +194,10 @@ def test_initialisation():
     assert [round(b.drop_path, 6) for b in encoder.blocks] == [0.0, 0.033333, 0.066667, 0.1]
 
 
-def test_config_builds_the_same_encoder():
-    encoder = tiny(patch_embed="CNN", qkv_bias=True, pos_type="interpolate")
-    again = FrameEncoder(**encoder.config)
-    again.load_state_dict(encoder.state_dict())
+def test_copies_and_config():
+    encoder = tiny(patch_embed="CNN", qkv_bias=True, pos_type="interpolate").eval()
     mel, lengths, _ = batch()
-    assert torch.equal(again.eval()(mel, lengths), encoder.eval()(mel, lengths))
-
-
-def test_copies_and_strictness():
-    encoder = tiny().eval()
-    mel, lengths, _ = batch()
-    for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+    for other in copies(encoder):
         assert torch.equal(other(mel, lengths), encoder(mel, lengths))
     state = encoder.state_dict()
     with pytest.raises(RuntimeError, match=r"norm_frame\.weight"):
