@@ -30,7 +30,7 @@ SECONDS = 2.0
 PRETRAIN = {"arch": "tiny", "batch_size": 32, "clip_seconds": SECONDS, "lr": 4e-3, "momentum": 0.99, "hidden": 1024}
 PRETRAIN |= {"bank_size": 512, "final_weight_decay": 0.04, "drop_path": 0.0, "log_every": 50}
 # The published learning rates (about 1 per 256 clips) are for thousands of steps; here there are 150.
-FINETUNE = {"batch_size": 16, "lr": 8.0, "chunk_seconds": SECONDS, "scale_bug": False}
+FINETUNE = {"batch_size": 16, "lr": 8.0, "chunk_seconds": SECONDS}
 FINETUNE |= {"log_every": 50, "eval_every": 1000, "save_every": 20}
 
 
@@ -67,7 +67,8 @@ def systems(options, starts, level, seed):
     outs = [options.out / f"{level}-{name}-{seed}" for name in ("clip", "frame", "distilled")]
     shared = {"data": options.data, "level": level, "seed": seed, "epochs": options.epochs, **FINETUNE}
     shared["warmup_epochs"] = max(options.epochs // 10, 1)
-    done(finetune(FinetuneConfig(checkpoint=starts["clip"], out=outs[0], **shared)))
+    means = {"scale_bug": False} if level == "clip" else {}
+    done(finetune(FinetuneConfig(checkpoint=starts["clip"], out=outs[0], **shared, **means)))
     done(finetune(FinetuneConfig(checkpoint=starts["frame"], out=outs[1], **shared)))
     done(distill(DistillConfig(checkpoint=starts["frame"], teacher=outs[0], out=outs[2], **shared)))
     return [json.loads((out / SCORES).read_text())["test"] for out in outs]

@@ -132,7 +132,7 @@ def _shared_bands(config: Mapping[str, Any], networks: Iterable[Mapping[str, Ten
     known = known or said.get("n_mels") or said.get("spec_h")
     if known:
         return known if isinstance(known, int) else None
-    sizes = {_patch_size(weights) for weights in networks} - {None}
+    sizes = {size for weights in networks if (size := _patch_size(weights))}
     if len(sizes) == 1:
         return max(sizes.pop() // _PATCH_WIDTH, 1)
     usual = FRONT_END["n_mels"]  # patches of several widths, but of one height

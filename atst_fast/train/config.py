@@ -164,12 +164,22 @@ def check(config: PretrainConfig) -> None:
     for name, (fine, expected) in rules.items():
         if not fine:
             raise UserError(f"--{name.replace('_', '-')} must be {expected}, got {getattr(config, name)!r}")
-    if config.method == "frame" and config.positive_seconds is not None:
-        raise UserError("--positive-seconds belongs to --method clip: ATST-Frame makes both views of one crop")
     if config.method == "frame":
+        refuse_unused(config, ("positive_seconds",), "without --method clip: ATST-Frame makes both views of one crop")
         _check_masks(config)
+    else:
+        refuse_unused(config, ("mask_ratio", "mask_len"), "with --method clip: ATST-Clip masks nothing")
     if config.steps is not None and config.epochs is not None:
         raise UserError("--steps and --epochs exclude each other, got both")
+
+
+def refuse_unused(config: Any, names: Collection[str], reason: str) -> None:
+    """Raise UserError for the first of these options that is not its default, since it would do nothing."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in names and value != field.default:
+            option = f"{'no-' if value is False else ''}{field.name.replace('_', '-')}"
+            raise UserError(f"--{option} has no effect {reason}")
 
 
 def _check_masks(config: PretrainConfig) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from atst_fast.train.config import FREE as PRETRAIN_FREE
-from atst_fast.train.config import UserError
+from atst_fast.train.config import UserError, refuse_unused
 
 FREE = PRETRAIN_FREE - {"epochs"} | {"eval_every", "median"}
 
@@ -127,11 +127,20 @@ def check(config: FinetuneConfig) -> None:
         rules["project"] = (c.project is None or c.project >= 1, "at least 1")
         if c.project is not None and c.level == "frame":
             raise UserError("--project is for clips alone: it excludes --level frame")
+        refuse_unused(c, ("scale_bug",), "on an ATST-Frame; the teacher has that of its own fine-tuning")
     for name, (fine, expected) in rules.items():
         if not fine:
             raise UserError(f"--{name.replace('_', '-')} must be {expected}, got {getattr(c, name)!r}")
     if c.mixup and c.level == "frame":
         raise UserError("--mixup is for clips alone: it excludes --level frame")
+    if c.level == "frame":
+        refuse_unused(c, ("alpha", "bank_size", "scale_bug"), "at --level frame")
+    else:
+        refuse_unused(c, ("median",), "at --level clip")
+    if c.mixup is False:
+        refuse_unused(c, ("alpha", "bank_size"), "without mixup")
+    if c.validation == 0:
+        refuse_unused(c, ("eval_every",), "without files held out: --validation is 0")
 
 
 def resolve(config: FinetuneConfig, per_epoch: int, single: bool) -> dict[str, Any]:

@@ -37,7 +37,9 @@ def made(**changes):
         ({"win_length": 2048}, "--win-length must be between"),
         ({"method": "clip", "clip_seconds": 601.0}, "--clip-seconds must be between 0.2 and 600, got 601.0"),
         ({"method": "clip", "positive_seconds": 0.1}, "--positive-seconds must be between 0.2 and 600, got 0.1"),
-        ({"positive_seconds": 6.0}, "--positive-seconds belongs to --method clip"),
+        ({"positive_seconds": 6.0}, "--positive-seconds has no effect without --method clip: ATST-Frame makes"),
+        ({"method": "clip", "mask_ratio": 0.5}, "--mask-ratio has no effect with --method clip: ATST-Clip masks"),
+        ({"method": "clip", "mask_len": 4}, "--mask-len has no effect with --method clip"),
     ],
 )
 def test_values_that_make_no_sense(changes, message):
@@ -90,7 +92,7 @@ def test_crops_of_both_methods():
     assert made(method="clip").samples == (96000, 96000)
     assert made(method="clip", clip_seconds=9.0).samples == (144000, 96000)
     assert made(method="clip", positive_seconds=1.5).samples == (96000, 24000)
-    check(made(method="clip", clip_seconds=0.2, mask_len=51))  # it draws no masks
+    check(made(method="clip", clip_seconds=0.2))  # too short for masks, and it draws none
 
 
 def test_a_run_from_before_there_were_methods_is_one_of_atst_frame():

@@ -25,11 +25,29 @@ from atst_fast.train.finetune_config import DistillConfig, FinetuneConfig, check
         ({"weight": 1.5}, "--weight must be between 0 and 1"),
         ({"level": "frame", "project": 8}, "--project is for clips alone"),
         ({"project": 0}, "--project must be at least 1"),
+        ({"level": "frame", "alpha": 1.0}, "--alpha has no effect at --level frame"),
+        ({"level": "frame", "bank_size": 9}, "--bank-size has no effect at --level frame"),
+        ({"mixup": False, "alpha": 1.0}, "--alpha has no effect without mixup"),
+        ({"mixup": False, "bank_size": 9}, "--bank-size has no effect without mixup"),
+        ({"median": 3}, "--median has no effect at --level clip"),
+        ({"validation": 0, "eval_every": 3}, "--eval-every has no effect without files held out: --validation is 0"),
+        ({"scale_bug": False}, "--no-scale-bug has no effect on an ATST-Frame; the teacher has that of its own"),
     ],
 )
 def test_values_that_make_no_sense(options, message):
     with pytest.raises(UserError, match=message):
         check(DistillConfig(checkpoint="a", teacher="b", out="c", **{"epochs": 6, "warmup_epochs": 1, **options}))
+
+
+def test_what_only_some_levels_use():
+    def made(**options):
+        return FinetuneConfig(checkpoint="a", out="c", **options)
+
+    check(made(alpha=1.0, bank_size=9, scale_bug=False))
+    check(made(level="frame", median=3, validation=0))
+    check(made(mixup=False))
+    with pytest.raises(UserError, match="--no-scale-bug has no effect at --level frame"):
+        check(made(level="frame", scale_bug=False))
 
 
 def test_what_is_left_to_us():
