@@ -9,9 +9,10 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from atst_fast.train import trace
-from atst_fast.train.config import RATE, UserError
+from atst_fast.train.config import RATE, SECONDS, UserError
 from atst_fast.train.device import pick_device
 from atst_fast.train.files import explain, make_folder, write_atomically
+from atst_fast.train.method import METHODS
 from atst_fast.train.precision import pick_precision
 from atst_fast.train.synthetic import batches, make_stepper
 
@@ -25,12 +26,14 @@ class ProfileConfig:
 
     out: Path
     """folder for trace.json.gz (chrome://tracing, ui.perfetto.dev) and profile.png"""
+    method: Literal["frame", "clip"] = "frame"
+    """ATST-Frame or ATST-Clip"""
     arch: Literal["tiny", "small", "base"] = "small"
     """size of the encoder"""
     batch_size: int = 64
     """clips per step"""
-    clip_seconds: float = 10.0
-    """length of a clip"""
+    clip_seconds: float | None = None
+    """length of a clip's crop, of both with --method clip; default: 10, with --method clip 6"""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """as in pretraining; auto: bf16 on a GPU"""
     graph: bool = True
@@ -42,12 +45,17 @@ class ProfileConfig:
     warmup: int = 6
     """steps before them: kernels are compiled and the graph is recorded"""
 
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """Of each crop of a clip."""
+        return tuple(int((self.clip_seconds or seconds) * RATE) for seconds in SECONDS[self.method])
+
 
 def check(config: ProfileConfig) -> None:
     """Raise UserError for the first value that makes no sense, by the name of its option."""
     rules = {
         "batch_size": (config.batch_size >= 1, "at least 1"),
-        "clip_seconds": (1 <= config.clip_seconds <= 600, "between 1 and 600"),
+        "clip_seconds": (config.clip_seconds is None or 1 <= config.clip_seconds <= 600, "between 1 and 600"),
         "steps": (config.steps >= 1, "at least 1"),
         "warmup": (config.warmup >= 1, "at least 1"),
     }
@@ -77,10 +85,16 @@ def profile(config: ProfileConfig) -> int:
 
 def run(config: ProfileConfig, device: torch.device, path: Path) -> trace.Breakdown:
     """Take the steps, write the trace, and sum it up."""
-    samples, precision = int(config.clip_seconds * RATE), pick_precision(config.precision, device)
     torch.manual_seed(0)
-    stepper = make_stepper(config.arch, samples=samples, precision=precision, device=device, graph=config.graph)
-    source = batches(config.batch_size, samples, device)
+    stepper = make_stepper(
+        config.arch,
+        samples=config.samples,
+        precision=pick_precision(config.precision, device),
+        device=device,
+        graph=config.graph,
+        method=config.method,
+    )
+    source = batches(config.batch_size, sum(config.samples), device)
     on_gpu = device.type == "cuda"
 
     def steps(number: int) -> None:
@@ -114,7 +128,8 @@ def describe(config: ProfileConfig, device: torch.device, found: trace.Breakdown
     where = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     precision = pick_precision(config.precision, device) + (" in a CUDA graph" if on_gpu and config.graph else "")
     speed = f"{found.seconds * 1e3:.1f} ms a step under the profiler, {config.batch_size / found.seconds:,.0f} clips/s"
-    return f"ATST-Frame {config.arch}, {config.batch_size} clips, {precision}, {where}: {speed}"
+    title = METHODS[config.method].title
+    return f"{title} {config.arch}, {config.batch_size} clips, {precision}, {where}: {speed}"
 
 
 def table(found: trace.Breakdown) -> list[str]:

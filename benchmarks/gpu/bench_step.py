@@ -42,7 +42,7 @@ def samples_of(size):
 def ours(precision, graph):
     def make(size, clips, device):
         sizes, _, _, heads = cpu.SIZES[size]
-        settings = {"samples": samples_of(size), "precision": precision, "device": device, "graph": graph}
+        settings = {"samples": [samples_of(size)], "precision": precision, "device": device, "graph": graph}
         stepper = synthetic.make_stepper(sizes, **settings, **heads)
         batches = synthetic.batches(clips, samples_of(size), device)
 

@@ -69,12 +69,26 @@ def test_a_cpu_is_summed_up_by_its_operators_without_what_they_call():
     assert nonzero == pytest.approx({"gelu": 80e-6, "matrix products": 50e-6, "copies": 10e-6, "idle": 90e-6})
 
 
-def test_profile_of_a_step(tmp_path, capsys):
+@pytest.mark.parametrize("method, title", [("frame", "ATST-Frame"), ("clip", "ATST-Clip")])
+def test_profile_of_a_step(tmp_path, capsys, method, title):
     pytest.importorskip("matplotlib", reason="needs the extra eval")
-    options = ["--arch", "tiny", "--batch-size", "2", "--clip-seconds", "1", "--steps", "1", "--warmup", "1"]
+    options = [
+        "--method",
+        method,
+        "--arch",
+        "tiny",
+        "--batch-size",
+        "2",
+        "--clip-seconds",
+        "1",
+        "--steps",
+        "1",
+        "--warmup",
+        "1",
+    ]
     assert cli.main(["profile", "--out", str(tmp_path / "p"), "--device", "cpu", *options]) == 0
     said = capsys.readouterr().out
-    assert "ATST-Frame tiny, 2 clips, float32, CPU" in said
+    assert f"{title} tiny, 2 clips, float32, CPU" in said
     shares = {line[:18].strip(): line.split()[-1] for line in said.splitlines() if line[:18].strip() in trace.PARTS}
     assert set(shares) == set(trace.PARTS)
     for part in ("matrix products", "attention", "add_norm", "gelu", "patch_embed", "heads", "optimizer", "front end"):
@@ -82,6 +96,13 @@ def test_profile_of_a_step(tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["profile.png", "trace.json.gz"]
     assert (tmp_path / "p" / "profile.png").stat().st_size > 10_000
     assert any(e.get("name") == trace.WINDOW for e in trace.read(tmp_path / "p" / "trace.json.gz"))
+
+
+def test_crops_are_those_of_pretraining(tmp_path):
+    of = {method: profile.ProfileConfig(out=tmp_path, method=method) for method in ("frame", "clip")}
+    assert of["frame"].samples == (160000,)
+    assert of["clip"].samples == (96000, 96000)
+    assert profile.ProfileConfig(out=tmp_path, method="clip", clip_seconds=2.0).samples == (32000, 32000)
 
 
 def test_a_trace_need_not_be_compressed(tmp_path):
