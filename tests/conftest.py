@@ -4,14 +4,10 @@ import os
 import pytest
 import torch
 
-from tests.triton import interpreter
-
-if not torch.cuda.is_available():
-    interpreter.enable()  # before anything imports triton
-
 from atst_fast import _C, build_info
 from tests import cuda_shim
 from tests.cuda import static
+from tests.triton import interpreter
 
 _ISAS = ["portable", "avx2", "avx512"]
 

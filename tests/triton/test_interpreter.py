@@ -1,10 +1,13 @@
 """What tests/triton/interpreter.py puts right and what it notices."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.triton import interpreter
 
+ROOT = Path(__file__).parents[2]
 triton = pytest.importorskip("triton", reason="needs triton")
 if not interpreter.enabled():
     pytest.skip("kernels run on the GPU here", allow_module_level=True)
@@ -29,6 +32,12 @@ def product_kernel(p_a, p_b, p_c, K, N: tl.constexpr):
         a = tl.load(p_a + i[:, None] * K + start + k[None])
         total = tl.dot(a, tl.load(p_b + (start + k)[:, None] * N + i[None]), total)
     tl.store(p_c + i[:, None] * N + i[None], total)
+
+
+def test_it_is_switched_on_before_any_folder_is_looked_at(request):
+    """Whichever folder pytest is given first: one that imports triton would have it compile."""
+    plugins = [Path(getattr(p, "__file__", None) or "") for _, p in request.config.pluginmanager.list_name_plugin()]
+    assert [p.parent for p in plugins if p.name == "conftest.py"][:1] == [ROOT]
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
