@@ -102,7 +102,7 @@ class EMATeacher(nn.Module):
     def set(self, student: nn.Module) -> None:
         """Take all tensors over from the student, those of ``buffers="skip"`` as well."""
         student = _unwrapped(student)
-        theirs = dict(_tensors(student))
+        theirs = _by_name(student)
         for name, t in _tensors(self.module):
             t.copy_(_counterpart(name, t, theirs))
         averaged, _ = self._pairs(student)
@@ -112,12 +112,12 @@ class EMATeacher(nn.Module):
     def pairs(self, student: nn.Module) -> dict[Tensor, Tensor]:
         """The teacher's tensor of each parameter of the student, what ``optim.AdamWEMA(teacher=...)`` takes: it does
         their part of ``update`` in its step. Parameters are float32."""
-        theirs = dict(_named(_unwrapped(student).named_parameters()))
+        theirs = _by_name(_unwrapped(student))
         return {_counterpart(n, t, theirs): t for n, t in _named(self.module.named_parameters())}
 
     def _pairs(self, student: nn.Module) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
         """(teacher, student) tensors: those to be averaged and those to be copied."""
-        theirs = dict(_tensors(student))
+        theirs = _by_name(student)
         averaged: list[tuple[Tensor, Tensor]] = []
         copied: list[tuple[Tensor, Tensor]] = []
         for name, t in _named(self.module.named_parameters()):
@@ -178,11 +178,24 @@ def _copy_of(student: nn.Module, include: tuple[str, ...] | None) -> nn.Module:
         if missing := [i for i in include if i not in found]:
             has = ", ".join(name for name, _ in student.named_children())
             _checks.fail(_NAME, "include", f"names that the student has ({has}, ...)", missing)
+    kept = {id(x) for i in include or () for x in _within(student, i)}
     memo: dict[int, Any] = {}
     for owner, name in left_out:
-        # to deepcopy, something whose copy is None
-        memo[id(getattr(student.get_submodule(owner), name))] = None
+        if id(left := getattr(student.get_submodule(owner), name)) not in kept:  # under another name
+            memo[id(left)] = None  # to deepcopy, something whose copy is None
     return copy.deepcopy(student, memo)
+
+
+def _within(student: nn.Module, name: str) -> Iterator[object]:
+    """What has that name, what it lies in, and all that it holds."""
+    found: Any = student
+    for part in name.split("."):
+        found = getattr(found, part)
+        yield found
+    if isinstance(found, nn.Module):
+        yield from found.modules()
+        yield from found.parameters()
+        yield from found.buffers()
 
 
 def _named(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -193,6 +206,12 @@ def _named(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from _named(module.named_parameters())
     yield from _named(module.named_buffers())
+
+
+def _by_name(student: nn.Module) -> dict[str, Tensor]:
+    """All tensors, those with several names (tied weights) under each: the copy may have but one of these."""
+    tensors = (*student.named_parameters(remove_duplicate=False), *student.named_buffers(remove_duplicate=False))
+    return dict(_named(iter(tensors)))
 
 
 def _key(name: str) -> str:

@@ -177,6 +177,21 @@ def test_copies(student):
         assert twin.n_averaged == 1
 
 
+def test_parts_that_have_another_name_too(student):
+    """An alias outside of what is included does not take it away."""
+    student.alias, student.first = student.encoder, student.encoder[0]
+    student.tied = nn.Linear(6, 8)
+    student.tied.weight = student.encoder[0].weight
+    now = moved(student)
+    want = student.tied.weight.lerp(now.tied.weight, 0.5).detach()
+    for include in ("encoder", "encoder.0", "encoder.0.weight", "tied.weight"):
+        teacher = EMATeacher(student, 0.5, include=[include])
+        teacher.update(now)
+        name = "tied.weight" if include == "tied.weight" else "encoder.0.weight"
+        assert_near(teacher.module.get_parameter(name), want)
+        assert teacher.module.predictor is None
+
+
 @pytest.mark.parametrize(
     "kwargs, error, message",
     [
