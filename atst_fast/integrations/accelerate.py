@@ -31,7 +31,7 @@ from atst_fast.integrations.accelerate_match import (
 )
 from atst_fast.integrations.accelerate_probe import Unlike
 from atst_fast.integrations.accelerate_report import Entry, Report
-from atst_fast.integrations.accelerate_swap import Fused, is_fused, obstacle, swap, unswap
+from atst_fast.integrations.accelerate_swap import Fused, fused_class, is_fused, obstacle, swap, unswap
 from atst_fast.integrations.accelerate_system import (
     FusedHead,
     FusedLoss,
@@ -113,9 +113,14 @@ def accelerate(
             named.append((name, module))
         elif not isinstance(_parent(model, name), torch.jit.ScriptModule):
             search.entries.append(Entry(name, "module", False, "it is TorchScript"))
-    for kind in (search.block, search.attention, search.encoder, search.head, search.loss, search.teacher):
-        for name, module in named:
-            kind(name, module)
+    try:
+        with torch.device("cpu"):  # whatever the caller makes tensors on
+            for kind in (search.block, search.attention, search.encoder, search.head, search.loss, search.teacher):
+                for name, module in named:
+                    kind(name, module)
+    except BaseException:
+        restore(model)
+        raise
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return Report(sorted(search.entries, key=lambda entry: order[entry.name]))
 
@@ -174,8 +179,11 @@ class _Search:
             if key not in self._known:
                 try:
                     self._known[key] = find(module)
+                    fused_class(type(module), *self._known[key])
                 except (Unknown, Unlike) as error:
                     self._known[key] = str(error)
+                except Exception as error:  # what code of others may raise where it is looked at
+                    self._known[key] = f"it cannot be tried out: {probe.first_line(error)}"
             found = self._known[key]
             if isinstance(found, tuple):
                 swap(module, *found)

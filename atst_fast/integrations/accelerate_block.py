@@ -12,7 +12,8 @@ from atst_fast.integrations.accelerate_swap import Fused
 from atst_fast.nn import FixedRows, Selection
 from atst_fast.nn.plain import is_plain
 from atst_fast.nn.selection import take
-from atst_fast.nn.stream import Stream, attended
+from atst_fast.nn.stream import Stream, are_shapes_fixed, attended
+from atst_fast.ops import _autocast
 
 Queries = Literal["zero", "attend"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -144,8 +145,7 @@ class FusedBlock(Fused):
         """Whether no shape may depend on the draws of stochastic depth."""
         if not self.plan.attention or not self.plan.rest or not self._is_plain():
             return True
-        fixed = x.is_cuda or torch.compiler.is_compiling()
-        return fixed if self.fixed_shapes is None else self.fixed_shapes
+        return are_shapes_fixed(x, self.fixed_shapes)
 
     def _is_plain(self) -> bool:
         """Whether no layer within draws random numbers of its own, between those of stochastic depth."""
@@ -159,7 +159,7 @@ class FusedBlock(Fused):
         if module is None or not module.training or not module.drop_prob:
             return None
         dtype = x.dtype
-        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        if _autocast.is_on(x.device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
         return module(torch.ones(len(x), 1, 1, dtype=dtype, device=x.device)).flatten()
 

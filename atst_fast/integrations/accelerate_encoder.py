@@ -14,6 +14,7 @@ from atst_fast.integrations.accelerate_swap import Fused
 from atst_fast.nn import FixedRows, Selection
 from atst_fast.nn.plain import is_plain
 from atst_fast.nn.stream import Stream
+from atst_fast.ops import _checks
 
 
 class EncoderPlan(NamedTuple):
@@ -214,7 +215,6 @@ class FusedClipEncoder(FusedEncoder):
         tokens, patches = self._prepared(x, mask_index, length, True)
         read = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         read[:, 0] = True
-        # a GPU would be waited for, and a compiler would break its graph
-        counts = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        full = counts and bool((patches >= tokens.shape[1] - 1).all())
+        # a GPU would be waited for, and a trace has no values to look at
+        full = _checks.readable(tokens) and bool((patches >= tokens.shape[1] - 1).all())
         return self._rows(tokens, patches + 1, read, self.norm, len(x), full)

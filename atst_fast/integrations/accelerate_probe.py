@@ -84,12 +84,12 @@ def run(function: Callable, *args, seed: int = 0, **kwargs):
             torch.default_generator.manual_seed(seed)
             return function(*args, **kwargs)
     except Exception as error:
-        raise Unlike(f"it does not run as expected: {_first_line(error)}") from error
+        raise Unlike(f"it does not run as expected: {first_line(error)}") from error
     finally:
         torch.set_rng_state(state)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 

@@ -204,9 +204,14 @@ def check_teacher(module: nn.Module) -> None:
     for s, t in zip(*teacher_lists(want)):
         t.data.lerp_(s.data, 0.25)
     probe.run(skeleton.update_teacher, 0.75)
-    got = skeleton.state_dict()
+    got = _tensors(skeleton)
     student, teacher = teacher_lists(module)
     if [p.shape for p in student] != [p.shape for p in teacher]:
         raise Unknown("student and teacher have other parameters")
-    if any(not torch.allclose(v, got[k], rtol=0, atol=1e-6) for k, v in want.state_dict().items()):
+    if any(not torch.allclose(v, got[k], rtol=0, atol=1e-6) for k, v in _tensors(want).items()):
         raise Unknown("its update_teacher is not the average of encoder and projector")
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Not the state dict, in which modules may keep other things (quantised ones their dtype)."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())

@@ -11,6 +11,7 @@ from atst_fast import accelerate, restore
 from tests.integrations.standins import audiossl_blocks as audiossl
 from tests.integrations.standins import vit_blocks as vit
 from tests.integrations.standins.audiossl_encoders import FrameAST
+from tests.integrations.test_accelerate import make
 from tests.tolerances import NETWORK_RTOL
 
 D, H = 24, 3
@@ -246,3 +247,69 @@ def test_an_encoder_with_other_arguments():
     entry = next(entry for entry in accelerate(encoder) if entry.part == "encoder")
     assert entry.note == "its forward takes x, mask_index, length, mask_input, not x, mask_index, mask_input, length"
     torch.testing.assert_close(encoder(mel, mask, length), want, rtol=NETWORK_RTOL, atol=NETWORK_RTOL)
+
+
+class Registered(audiossl.Block):
+    """Cannot be derived from without a word that nobody here knows."""
+
+    def __init_subclass__(cls, tag, **kwargs):
+        super().__init_subclass__(**kwargs)
+
+
+def test_what_raises_where_it_is_looked_at_is_left():
+    model = nn.Sequential(Registered(D, H), audiossl.Block(D, H))
+    entries = {entry.name: entry for entry in accelerate(model)}
+    assert entries["1"].replaced
+    assert entries["0"].note.startswith("it cannot be tried out: TypeError")
+    assert "'tag'" in entries["0"].note
+
+
+def test_nothing_is_changed_by_what_ends_early(monkeypatch):
+    from atst_fast.integrations import accelerate as module
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    model = make("frame")
+    monkeypatch.setattr(module, "is_system", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        accelerate(model)
+    assert restore(model) == 0
+
+
+@pytest.mark.skipif(
+    {*torch.backends.quantized.supported_engines} <= {"none"}, reason="torch has no quantised layers here"
+)
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_layers_are_left():
+    model = make("frame").eval()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    report = accelerate(quantised)
+    assert {entry.part for entry in report.replaced} == {"loss", "teacher"}
+    assert any("it does not run as expected" in entry.note for entry in report.left)
+
+
+def test_a_default_device_does_not_matter():
+    model = make("clip")
+    with torch.device("meta"):
+        report = accelerate(model)
+    assert not report.left
+
+
+def test_shapes_without_values():
+    """As memory and operations are counted: on the meta device, and in fake tensors."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    block, encoder, head = (
+        audiossl.Block(D, H, drop_path=0.3),
+        make("clip").student.encoder,
+        make("clip").student.projector,
+    )
+    for module in (block, encoder, head):
+        accelerate(module)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert block(torch.zeros(4, 5, D)).shape == (4, 5, D)
+    mel, length = torch.zeros(3, 1, 64, 40, device="meta"), torch.zeros(3, dtype=torch.int64, device="meta")
+    assert encoder.to("meta")(mel, length=length).shape == (3, D)
+    assert block.to("meta")(torch.zeros(4, 5, D, device="meta")).shape == (4, 5, D)
+    assert head.to("meta")(torch.zeros(3, D, device="meta")).shape == (3, 16)
