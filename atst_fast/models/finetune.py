@@ -97,7 +97,7 @@ def _as_read(features: Tensor, head: LinearHead) -> Tensor:
 class DistilledLogits(NamedTuple):
     """Logits ``[B, classes]`` (``[B, L, classes]`` at frame level): the student's ``label`` answer, which is trained on
     labels and used afterwards; its ``distilled`` answer, which is trained on the teacher's (the same tensor unless
-    there is a projector); and the ``teacher``'s, without a graph."""
+    there is a projector); and the ``teacher``'s, without a graph. For ``torch.export.save`` see `FrameLoss`."""
 
     label: Tensor
     distilled: Tensor

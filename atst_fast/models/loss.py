@@ -12,7 +12,10 @@ from atst_fast import ops
 class FrameLoss(NamedTuple):
     """``loss``, a scalar to call backward on; ``std_student`` and ``std_teacher``, scalars without a graph: the mean
     over dimensions of the standard deviation of the normalised outputs (about 1/sqrt(out) when healthy, 0.001 after a
-    collapse)."""
+    collapse).
+
+    ``torch.export.save`` has no public way to learn of a named tuple: what is to be written must return a plain one, as
+    a module does whose forward is ``return tuple(self.system(*args))``."""
 
     loss: Tensor
     std_student: Tensor

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from torch import nn
 from torch.export import Dim
 
 from atst_fast.models import ClipEncoder, FineTuned, FrameEncoder
@@ -55,6 +56,29 @@ def test_encoder_and_front_end(encoder):
         wave, lengths = torch.randn(clips, samples), torch.full((clips,), samples)
         lengths[0] = 900
         assert_same(program, module, (wave, lengths))
+
+
+class AsTuple(nn.Module):
+    """What ``models.FrameLoss`` says of systems that are to be written."""
+
+    def __init__(self, system):
+        super().__init__()
+        self.system = system
+
+    def forward(self, *args):
+        return tuple(self.system(*args))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["ATSTClip", "ATSTFrame"])
+def test_systems_are_written_and_read(name):
+    module, args, file = AsTuple(make(name).eval()), inputs(name, 3), io.BytesIO()
+    torch.export.save(export(module, args, None), file)
+    file.seek(0)
+    want, got = module(*args), torch.export.load(file).module()(*args)
+    assert len(got) == 3
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=COMPILED_RTOL, atol=0)
 
 
 def test_operators_of_the_graph():
