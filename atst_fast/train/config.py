@@ -74,6 +74,9 @@ class PretrainConfig:
     """length of the random crop; shorter clips are zero-padded at their end; default: 10, with --method clip 6"""
     positive_seconds: float | None = None
     """--method clip: length of the second random crop, the positive pair of the first; default: 6"""
+    max_seconds: float | None = None
+    """longest input that the encoder has positions for; default: the longest crop, since those past it stay untrained
+    (the official ATST-Clip has 10 s of them at crops of 6, which a checkpoint for its code needs)"""
     n_mels: int = 64
     """mel bands"""
     win_length: int = 1024
@@ -145,6 +148,10 @@ def check(config: PretrainConfig) -> None:
         "momentum": (config.momentum is None or 0 <= config.momentum <= 1, "between 0 and 1"),
         "clip_seconds": (0.2 <= config.seconds[0] <= 600, "between 0.2 and 600"),
         "positive_seconds": (0.2 <= config.seconds[-1] <= 600, "between 0.2 and 600"),
+        "max_seconds": (
+            config.max_seconds is None or max(config.seconds) <= config.max_seconds <= 600,
+            f"between {max(config.seconds)} (the longest crop) and 600",
+        ),
         "n_mels": (config.n_mels >= 1, "at least 1"),
         "win_length": (1 <= config.win_length <= 1024, "between 1 and 1024 (n_fft)"),
         "mask_ratio": (0 < config.mask_ratio < 1, "between 0 and 1"),

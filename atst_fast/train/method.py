@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from atst_fast.models import ATSTClip, ATSTFrame, StudentTeacher
+from atst_fast.train.config import RATE
 from atst_fast.train.front_end import ClipFrontEnd, FrontEnd
 from atst_fast.train.views import Views
 
@@ -38,14 +39,15 @@ def mel_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_model(settings: dict[str, Any], samples: Sequence[int]) -> StudentTeacher:
-    """Both networks, with fresh weights and as many positions as the longest crop has."""
+    """Both networks, with fresh weights and positions for the longest crop, or for ``max_seconds``."""
+    longest = max(samples) if settings["max_seconds"] is None else int(settings["max_seconds"] * RATE)
     return METHODS[settings["method"]].model(
         settings["arch"],
         hidden=settings["hidden"],
         drop_path_rate=settings["drop_path"],
         n_mels=settings["n_mels"],
         patch=(settings["n_mels"], 4),
-        max_frames=max(samples) // 160 + 1,
+        max_frames=longest // 160 + 1,
     )
 
 

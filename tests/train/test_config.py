@@ -34,6 +34,7 @@ def made(**changes):
             {"clip_seconds": 0.21, "mask_ratio": 0.99, "mask_len": 1},
             "--mask-ratio and --mask-len ask for 5 spans; a clip of 5 patches has no room",
         ),
+        ({"max_seconds": 9.0}, r"--max-seconds must be between 10.0 \(the longest crop\) and 600, got 9.0"),
         ({"win_length": 2048}, "--win-length must be between"),
         ({"method": "clip", "clip_seconds": 601.0}, "--clip-seconds must be between 0.2 and 600, got 601.0"),
         ({"method": "clip", "positive_seconds": 0.1}, "--positive-seconds must be between 0.2 and 600, got 0.1"),

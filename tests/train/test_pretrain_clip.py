@@ -9,11 +9,14 @@ import pytest
 import soundfile
 import torch
 
+from atst_fast import load_checkpoint, save_checkpoint
 from atst_fast.models import ClipEncoder
 from atst_fast.models.encoder import ARCHS
 from atst_fast.train import checkpoint, pretrain
 from atst_fast.train.config import UserError
 from atst_fast.train.pack import PackConfig, pack
+from tests.integrations.standins.audiossl_encoders import AST
+from tests.tolerances import NETWORK_RTOL
 from tests.train import test_pretrain as frame
 from tests.train.conftest import tone, write_clips
 
@@ -66,6 +69,24 @@ def test_a_run_leaves_an_encoder_of_clips(whole):
     weights, _ = frame.final(whole)
     assert weights["model.student.encoder.cls_token"].shape == (1, 1, 24)
     assert weights["model.teacher.encoder.pos_embed"].shape == (1, 16, 24)  # of the longer crop
+
+
+def test_a_checkpoint_for_the_official_code(config, tmp_path):
+    """With positions for 10 s, as that has them, whatever the crops were; all names and shapes are its own."""
+    assert pretrain.pretrain(dataclasses.replace(config, max_seconds=10.0, steps=2)) == 0
+    loaded = {which: load_checkpoint(checkpoint.find(config.out), which) for which in ("teacher", "student")}
+    path = save_checkpoint(tmp_path / "last.ckpt", loaded, layout="lightning")
+    state = torch.load(path, weights_only=True)["state_dict"]
+    official, mel = AST(embed_dim=24, depth=2, num_heads=3).eval(), torch.randn(2, 1, 64, 601)
+    for which in loaded:
+        prefix = f"model.{which}.encoder."
+        weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        assert weights["pos_embed"].shape == (1, 251, 24)
+        official.load_state_dict(weights, strict=True)
+        with torch.no_grad():
+            want = official(mel, length=torch.tensor([601, 601]))
+            got = loaded[which].encoder(mel)
+        torch.testing.assert_close(got, want, rtol=0, atol=NETWORK_RTOL * want.abs().max().item())
 
 
 def test_it_trains(whole):
