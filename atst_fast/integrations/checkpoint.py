@@ -108,7 +108,7 @@ def _check_arguments(which: str, pos_embed: str, max_frames: int | None, num_hea
         if value not in allowed:
             raise ValueError(f"{_NAME}: {name} must be one of {', '.join(allowed)}, got {value!r}")
     for name, number in (("max_frames", max_frames), ("num_heads", num_heads)):
-        if number is not None and (not isinstance(number, int) or number < 1):
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
             _checks.fail(_NAME, name, "at least 1, or None", number)
     if pos_embed != "exact" and max_frames is None:
         raise ValueError(f"{_NAME}: max_frames must be given with pos_embed={pos_embed!r}: what for?")

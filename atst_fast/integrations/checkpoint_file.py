@@ -55,8 +55,8 @@ def _read_safetensors(path: Path) -> Content:
     """``config`` is the JSON that the file's metadata may hold under that name."""
     tensors, metadata = read_safetensors(path)
     config = parse_config(metadata["config"], path) if "config" in metadata else {}
-    if metadata.get("step", "").isdigit():
-        config = {"step": int(metadata["step"]), **config}
+    if (step := metadata.get("step", "")).isdecimal() and len(step) < 20:
+        config = {"step": int(step), **config}
     return Content(tensors, config, "safetensors")
 
 
@@ -75,21 +75,30 @@ def _read_torch(path: Path) -> Content:
         raise CheckpointError(f"{path} {_DAMAGED} ({_first_line(error)})") from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, expected a dict of tensors")
-    beside = {str(k): plain(loaded[k]) for k in _BESIDE if k in loaded and not isinstance(loaded[k], Tensor)}
+    try:
+        beside = {str(k): plain(loaded[k]) for k in _BESIDE if k in loaded and not isinstance(loaded[k], Tensor)}
+    except RecursionError as error:
+        raise CheckpointError(f"{path} {_DAMAGED} (what it says besides its tensors has no end)") from error
     ours = beside.pop("atst_fast", {})
     config = {**(ours if isinstance(ours, dict) else {}), **beside}
     networks = [n for n in _NETWORKS if isinstance(loaded.get(n), Mapping)]
     if networks:
-        tensors = {f"{n}.{k}": v for n in networks for k, v in _flat(loaded[n]).items()}
+        tensors = {f"{n}.{k}": v for n in networks for k, v in _flat(loaded[n], path).items()}
         return Content(tensors, config, "dino")
     container = "lightning" if "pytorch-lightning_version" in loaded or "hyper_parameters" in loaded else "torch"
     wrapped = next((k for k in _STATE_DICTS if isinstance(loaded.get(k), Mapping)), None)
-    return Content(_flat(loaded[wrapped] if wrapped else loaded), config, container)
+    return Content(_flat(loaded[wrapped] if wrapped else loaded, path), config, container)
 
 
-def _flat(tree: Mapping[Any, Any]) -> dict[str, Tensor]:
+def _flat(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     """The tensors of a state dict; what else lies there (a step, a configuration) has no place in a network."""
-    return {str(k): v for k, v in tree.items() if isinstance(v, Tensor)}
+    size = path.stat().st_size
+    tensors = {str(k): v for k, v in tree.items() if isinstance(v, Tensor)}
+    for name, x in tensors.items():
+        # strides of 0 make any size of few bytes, and whoever reads the values would run out of memory
+        if x.layout == torch.strided and not x.is_meta and x.numel() * x.element_size() > size:
+            raise CheckpointError(f"{path} is damaged: {name} of shape {list(x.shape)} is larger than the file")
+    return tensors
 
 
 def plain(value: Any) -> Any:

@@ -84,7 +84,7 @@ def parse_config(text: str, source: Path) -> dict[str, Any]:
     """A JSON object; ``source`` is named where it is none."""
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source}: its configuration is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{source}: its configuration is no JSON object but {text[:40]!r}")

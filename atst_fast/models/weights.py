@@ -71,7 +71,8 @@ def load_weights(
     if any(faults):
         raise CheckpointError(f"{what}: {words}", faults)
     wanted = module.state_dict()
-    own = {key: weights[key].detach().to(dtype=want.dtype, copy=True) for key, want in wanted.items()}
+    form = torch.contiguous_format  # in memory too they are what the module would have made
+    own = {k: weights[k].detach().to(dtype=want.dtype, copy=True, memory_format=form) for k, want in wanted.items()}
     on_meta = any(want.is_meta for want in wanted.values())
     module.load_state_dict(own, assign=on_meta)
 

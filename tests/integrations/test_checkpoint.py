@@ -47,6 +47,17 @@ def test_the_encoder_is_ready_to_be_used(system, tmp_path):
     assert torch.equal(encoder(mel), system.teacher.encoder.eval()(mel))
 
 
+def test_weights_lie_in_memory_as_those_of_a_new_encoder(bare):
+    """A file keeps the strides of what it was written from."""
+
+    def transpose(state):
+        state["blocks.0.mlp.fc1.weight"] = state["blocks.0.mlp.fc1.weight"].t().contiguous().t()
+
+    path = bare(transpose)
+    assert not torch.load(path)["blocks.0.mlp.fc1.weight"].is_contiguous()
+    assert all(p.is_contiguous() for p in load_checkpoint(path).encoder.parameters())
+
+
 def test_encoders_that_were_compiled_alone(system, tmp_path):
     """``torch.compile(student.encoder)`` inside of a module: the heads keep their names."""
     state = prefixed("model.", system.state_dict())
@@ -199,6 +210,7 @@ def test_other_precisions_become_float32(bare, dtype):
         ({"max_frames": 0}, "max_frames must be at least 1, or None, got int 0"),
         ({"max_frames": 3, "pos_embed": "cut"}, "max_frames must be at least 4, the frames of a patch, got 3"),
         ({"num_heads": 1.5}, "num_heads must be at least 1, or None, got float 1.5"),
+        ({"num_heads": True}, "num_heads must be at least 1, or None, got bool True"),
     ],
 )
 def test_wrong_arguments(bare, arguments, message):

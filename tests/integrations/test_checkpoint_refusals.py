@@ -8,7 +8,7 @@ import pathlib
 import pytest
 import torch
 
-from atst_fast import CheckpointError, load_checkpoint
+from atst_fast import CheckpointError, inspect_checkpoint, load_checkpoint
 from atst_fast.models import ATSTClip
 from tests.integrations.layouts import HYPER, SIZE, lightning, prefixed
 
@@ -203,7 +203,10 @@ def test_files_that_are_none(tmp_path):
         load_checkpoint(tmp_path / "list.pt")
 
 
-@pytest.mark.parametrize("text, message", [("[]", "is no JSON object but '\\[\\]'"), ("{", "is no JSON: ")])
+@pytest.mark.parametrize(
+    "text, message",
+    [("[]", "is no JSON object but '\\[\\]'"), ("{", "is no JSON: "), ("[" * 10**5, "is no JSON: maximum recursion")],
+)
 def test_configurations_that_are_none(system, tmp_path, text, message):
     save_file(system.teacher.encoder.state_dict(), tmp_path / "a.safetensors", {"config": text})
     with pytest.raises(CheckpointError, match=rf"a\.safetensors: its configuration {message}"):
@@ -258,3 +261,26 @@ def test_a_front_end_that_is_none(system, tmp_path):
     lightning(tmp_path / "a.ckpt", prefixed("model.", system.state_dict()), HYPER | {"win_length": 5000})
     with pytest.raises(CheckpointError, match=r"a\.ckpt: its configuration describes no front end .*win_length"):
         load_checkpoint(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("name", ["blocks.0.mlp.fc1.weight", "head.weight"])
+def test_a_tensor_that_claims_more_than_the_file_has(bare, name):
+    """By strides of 0: nobody has the memory to look whether its values are finite."""
+    path = bare(lambda s: s.update({name: torch.zeros(1).expand(10**6, 10**7)}))
+    for read in (load_checkpoint, inspect_checkpoint):
+        with pytest.raises(CheckpointError, match=rf"is damaged: {name} of shape \[1000000, 10000000\] is larger than"):
+            read(path)
+
+
+def test_a_configuration_that_contains_itself(system, tmp_path):
+    endless = {}
+    endless["a"] = endless
+    torch.save({"state_dict": system.teacher.encoder.state_dict(), "args": endless}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt is damaged .*\(what it says besides its tensors has no end\)"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("step, read", [("17", 17), ("\u00b2", None), ("9" * 5000, None)])
+def test_steps_that_are_no_numbers(system, tmp_path, step, read):
+    save_file(system.teacher.encoder.state_dict(), tmp_path / "a.safetensors", {"step": step})
+    assert load_checkpoint(tmp_path / "a.safetensors").config.get("step") == read
