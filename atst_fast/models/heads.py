@@ -1,7 +1,9 @@
 """Projector and predictor, two linear layers with batch statistics between them; and the head of a classifier."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from atst_fast import ops
 from atst_fast.ops import _checks
@@ -41,6 +43,9 @@ class LinearHead(nn.Module):
     ``[..., dim]`` to logits ``[..., classes]``, differentiable. Keys ``norm.{running_mean,running_var,
     num_batches_tracked}``, ``linear.{weight,bias}``. In training the statistics are over all leading axes.
 
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` makes the statistics those of the rows of all processes, which may
+    hold different numbers of them; on a CPU too, as of `Head`.
+
     ``batch_norm=False`` leaves the first one out, as the heads of sound event detection do. Upstream: ``LinearHead`` in
     ``audiossl/modules/head.py``. Raises ValueError unless ``dim`` and ``classes`` are at least 1 and the last axis of
     the features is ``dim``.
@@ -64,7 +69,8 @@ class LinearHead(nn.Module):
         if x.dim() < 1 or x.shape[-1] != dim:
             _checks.fail("LinearHead", "x", f"[..., {dim}] (features)", x)
         if self.norm is not None:
-            x = self.norm(x.reshape(-1, dim)).view_as(x)
+            rows, group = x.reshape(-1, dim), _processes(self.norm) if self.norm.training else None
+            x = (self.norm(rows) if group is None else _common_norm(self.norm, rows, group)).view_as(x)
         return self.linear(x)
 
 
@@ -93,3 +99,41 @@ def _processes(norm: nn.Module) -> "dist.ProcessGroup | None":
         return None
     group = norm.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
+
+
+def _common_norm(norm: nn.Module, x: Tensor, group: "dist.ProcessGroup") -> Tensor:
+    """The training forward of a SyncBatchNorm without parameters, ``[M, D]``: torch's own cannot run on a CPU."""
+    assert isinstance(norm, nn.SyncBatchNorm)  # what has a group is one
+    # as LinearHead made it
+    assert norm.momentum is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    wide = x if x.dtype == torch.float64 else x.float()
+    rows = wide.new_full((1,), len(x))
+    total, n = _SumOfAll.apply(torch.cat([wide.sum(0), rows]), group).split([x.shape[1], 1])
+    mean = total / n
+    variance = _SumOfAll.apply((wide - mean).square().sum(0), group) / n
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+        norm.running_var.lerp_((variance * (n / (n - 1))).to(norm.running_var.dtype), norm.momentum)
+    return ((wide - mean) * (variance + norm.eps).rsqrt()).to(x.dtype)
+
+
+class _SumOfAll(torch.autograd.Function):
+    """The sum of all processes' tensors, in each of them. What they all compute from it is added in its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None

@@ -5,15 +5,17 @@ from typing import Any
 from torch import Tensor
 
 from atst_fast.models import Distilled, FrameEncoder, distill_loss
+from atst_fast.train import run
 from atst_fast.train.config import UserError
-from atst_fast.train.finetune import FinetuneRun, execute
-from atst_fast.train.finetune_config import DistillConfig
+from atst_fast.train.finetune import FinetuneRun
+from atst_fast.train.finetune_config import DistillConfig, check
 from atst_fast.train.tagger import load_tagger, pretrained
 
 
 def distill(config: DistillConfig) -> int:
-    """Train, or go on training, as ``config`` says; returns the exit code: 0, or 128 + the signal that stopped it."""
-    return execute(DistillRun, config)
+    """As `finetune`, also under ``torchrun``."""
+    check(config)
+    return run.execute(DistillRun, config)
 
 
 class DistillRun(FinetuneRun):
@@ -40,5 +42,5 @@ class DistillRun(FinetuneRun):
         return model, own
 
     def losses(self, mel: Tensor, lengths: Tensor, targets: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        out = distill_loss(self.model(mel, lengths), targets, self.settings["loss"], self.config.weight, valid)
+        out = distill_loss(self.working(mel, lengths), targets, self.settings["loss"], self.config.weight, valid)
         return out._asdict()

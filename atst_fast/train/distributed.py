@@ -57,6 +57,18 @@ class World:
         nn.SyncBatchNorm.convert_sync_batchnorm(replica.module)
         return replica
 
+    def share(self, number: int) -> range:
+        """Which of ``number`` things are this process's: as many as every other has, or one more or less."""
+        return range(self.rank * number // self.size, (self.rank + 1) * number // self.size)
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """What all processes give, in the order of the processes, in the first one; nothing in the others."""
+        if self._hosts is None:
+            return items
+        parts: list[Any] | None = [None] * self.size if self.first else None
+        dist.gather_object(items, parts, dst=0, group=self._hosts)
+        return [item for part in parts or () for item in part]
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self._hosts is not None:

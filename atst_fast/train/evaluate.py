@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from atst_fast.models import FineTuned
 from atst_fast.nn import LogMelSpectrogram
 from atst_fast.train.config import RATE
+from atst_fast.train.distributed import World
 from atst_fast.train.features import Labelled
 from atst_fast.train.labelled import HOP, Reader
 from atst_fast.train.metrics import METRICS, best_thresholds, clip_map, frame_values, roll, top1
@@ -26,12 +27,22 @@ def held_out(files: Sequence[Labelled], share: float, seed: int) -> tuple[list[L
 
 
 class Evaluation:
-    """The files held out and those to test on, and how they are scored; ``settings`` as resolved."""
+    """The files held out and those to test on, and how they are scored; ``settings`` as resolved.
+
+    Every process of ``world`` answers for its share of the files; the first one has the scores, the others get none.
+    """
 
     def __init__(
-        self, held: Reader, test: Reader, labels: Sequence[str], front_end: dict[str, Any], settings: dict[str, Any]
+        self,
+        held: Reader,
+        test: Reader,
+        labels: Sequence[str],
+        front_end: dict[str, Any],
+        settings: dict[str, Any],
+        world: World,
     ):
         self._held, self._test, self.labels, self.front_end = held, test, list(labels), front_end
+        self._world = world
         self.level, self.seconds, self.median = settings["level"], settings["seconds"], settings["median"]
 
     def held_out(self, model: FineTuned) -> dict[str, float]:
@@ -39,33 +50,45 @@ class Evaluation:
         if not self._held.files:
             return {}
         scores = self._scores(model, self._held)
-        name = f"{self.level}_map"
-        return {"held_out_map": self._values(scores, self._held, np.zeros(len(self.labels)), model)[name]}
+        if not self._world.first:
+            return {}
+        values = self._values(scores, self._held, np.zeros(len(self.labels)), model)
+        return {"held_out_map": values[f"{self.level}_map"]}
 
     def test(self, model: FineTuned) -> dict[str, float]:
         """All metrics of the level. Thresholds of tokens are the best ones of the files held out, for each label; 0,
         a probability of a half, for a label that none of them has."""
         thresholds = np.zeros(len(self.labels))
-        if self.level == "frame" and self._held.files:
-            scores = self._scores(model, self._held)
-            best = best_thresholds(np.concatenate(scores), np.concatenate(self._truth(scores, self._held, model)))
+        by_labels = self.level == "frame" and bool(self._held.files)
+        held = self._scores(model, self._held) if by_labels else []
+        scores = self._scores(model, self._test)
+        if not self._world.first:
+            return {}
+        if by_labels:
+            best = best_thresholds(np.concatenate(held), np.concatenate(self._truth(held, self._held, model)))
             thresholds = np.where(np.isfinite(best), best, 0.0)
-        return self._values(self._scores(model, self._test), self._test, thresholds, model)
+        return self._values(scores, self._test, thresholds, model)
 
-    def _scores(self, model: FineTuned, reader: Reader) -> Any:
-        training = model.training
+    def _scores(self, model: FineTuned, reader: Reader) -> list[NDArray[np.float32]]:
+        """Logits of all files, in the first process: ``[files, classes]`` in parts, or ``[L, classes]`` of each."""
+        training, numbers = model.training, self._world.share(len(reader.files))
         model.eval()
         try:
             if self.level == "clip":
-                return clip_logits(model, reader, self.front_end, self.seconds)
-            return list(token_logits(model, reader, self.front_end))
+                own = list(clip_logits(model, reader, self.front_end, self.seconds, numbers))
+            else:
+                own = list(token_logits(model, reader, self.front_end, numbers))
         finally:
             model.train(training)
+        return self._world.gather(own)
 
-    def _values(self, scores: Any, reader: Reader, thresholds: NDArray[Any], model: FineTuned) -> dict[str, float]:
+    def _values(
+        self, scores: list[NDArray[np.float32]], reader: Reader, thresholds: NDArray[Any], model: FineTuned
+    ) -> dict[str, float]:
         if self.level == "clip":
             targets = np.array([[label in f.labels for label in self.labels] for f in reader.files])
-            return {"clip_map": clip_map(scores, targets), "clip_top1": top1(scores, targets)}
+            logits = np.concatenate(scores)
+            return {"clip_map": clip_map(logits, targets), "clip_top1": top1(logits, targets)}
         events = [f.events or () for f in reader.files]
         return frame_values(scores, events, self.labels, thresholds, self.median, _hop(model))[1]
 
@@ -79,27 +102,29 @@ def _hop(model: FineTuned) -> float:
 
 
 @torch.inference_mode()
-def clip_logits(model: FineTuned, reader: Reader, front_end: dict[str, Any], seconds: float) -> NDArray[np.float32]:
-    """Logits ``[files, classes]`` of the middle ``seconds`` of each file."""
+def clip_logits(
+    model: FineTuned, reader: Reader, front_end: dict[str, Any], seconds: float, numbers: Sequence[int]
+) -> Iterator[NDArray[np.float32]]:
+    """Logits ``[B, classes]`` of the middle ``seconds`` of the files of these ``numbers``, a batch after the other."""
     device = next(model.parameters()).device
     log_mel, most = LogMelSpectrogram(**front_end).to(device), int(seconds * RATE)
-    out = []
-    for at in range(0, len(reader.files), BATCH):
-        numbers = range(at, min(at + BATCH, len(reader.files)))
-        waveform, lengths = reader.waveforms(numbers, reader.middle(numbers, most), most)
+    for at in range(0, len(numbers), BATCH):
+        part = numbers[at : at + BATCH]
+        waveform, lengths = reader.waveforms(part, reader.middle(part, most), most)
         mel = log_mel(waveform.to(device), lengths.to(device))[:, None]
-        out.append(model(mel, lengths // HOP + 1).float().cpu().numpy())
-    return np.concatenate(out)
+        yield model(mel, lengths // HOP + 1).float().cpu().numpy()
 
 
 @torch.inference_mode()
-def token_logits(model: FineTuned, reader: Reader, front_end: dict[str, Any]) -> Iterator[NDArray[np.float32]]:
-    """Logits ``[L, classes]`` of each whole file, one after the other."""
+def token_logits(
+    model: FineTuned, reader: Reader, front_end: dict[str, Any], numbers: Sequence[int]
+) -> Iterator[NDArray[np.float32]]:
+    """Logits ``[L, classes]`` of each whole file of these ``numbers``, one after the other."""
     device = next(model.parameters()).device
     log_mel, width = LogMelSpectrogram(**front_end).to(device), model.encoder.patch_embed.patch_width
     piece = PIECE * (model.chunk_frames // width * width)
-    for number, samples in enumerate(reader.samples.tolist()):
-        waveform, _ = reader.waveforms([number], [0], samples)
+    for number in numbers:
+        waveform, _ = reader.waveforms([number], [0], int(reader.samples[number]))
         mel = log_mel(waveform.to(device)[:, None])
         parts = [model(part)[0] for part in mel.split(piece, dim=3) if part.shape[3] >= width]
         yield torch.cat(parts).float().cpu().numpy()

@@ -1,7 +1,7 @@
 """``atst-fast finetune``: the training loop of a pretrained encoder and a head, top to bottom; that of distill too."""
 
 import json
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,12 @@ from atst_fast.train import checkpoint, run
 from atst_fast.train.audio import Problems
 from atst_fast.train.config import UserError, conflicts
 from atst_fast.train.data import Prefetcher
-from atst_fast.train.device import pick_device
+from atst_fast.train.distributed import World
 from atst_fast.train.evaluate import Evaluation, held_out, show
-from atst_fast.train.files import explain, make_folder, only_one, write_atomically
+from atst_fast.train.files import explain, write_atomically
 from atst_fast.train.finetune_config import FREE, FinetuneConfig, check, resolve
-from atst_fast.train.info import environment
 from atst_fast.train.labelled import HOP, LabelledBatch, LabelledBatches, Reader, fingerprint
-from atst_fast.train.logging import RunLog, Stopwatch
-from atst_fast.train.memory import keep_freed_memory
+from atst_fast.train.logging import NoLog, RunLog, Stopwatch
 from atst_fast.train.mixup import Mixup
 from atst_fast.train.probe import load_task
 from atst_fast.train.schedule import cosine_schedule
@@ -32,17 +30,12 @@ SCORES = "scores.json"
 
 
 def finetune(config: FinetuneConfig) -> int:
-    """Train, or go on training, as ``config`` says; returns the exit code: 0, or 128 + the signal that stopped it."""
-    return execute(FinetuneRun, config)
+    """Train, or go on training, as ``config`` says; returns the exit code: 0, or 128 + the signal that stopped it.
 
-
-def execute(kind: "type[FinetuneRun]", config: FinetuneConfig) -> int:
+    Under ``torchrun`` this is one of several processes, each of which calls it with the same ``config``.
+    """
     check(config)
-    console = Console(stderr=True)
-    make_folder(config.out)
-    keep_freed_memory()
-    with only_one(config.out):
-        return kind(config, console).train()
+    return run.execute(FinetuneRun, config)
 
 
 class FinetuneRun:
@@ -53,16 +46,18 @@ class FinetuneRun:
 
     doing = "fine-tuning"
 
-    def __init__(self, config: FinetuneConfig, console: Console):
-        self.config, self.console = config, console
-        self.device = pick_device(config.device)
+    def __init__(self, config: FinetuneConfig, world: World, console: Console):
+        self.config, self.world, self.console = config, world, console
+        self.device = world.device
         self.task = load_task(config.data)
         if config.level == "frame" and not self.task.has_events:
             raise UserError(f"--level frame needs the events of every file, which {config.data} does not have")
         held, used = held_out(self.task.train, config.validation, config.seed)
-        if len(used) < config.batch_size:
-            raise UserError(f"{len(used)} files to train on do not fill one batch: a smaller --batch-size?")
-        self.settings = resolve(config, len(used) // config.batch_size, all(len(f.labels) == 1 for f in used))
+        per_epoch = len(used) // (config.batch_size * world.size)
+        if not per_epoch:
+            each = f" in each of {world.size} processes" if world.size > 1 else ""
+            raise UserError(f"{len(used)} files to train on do not fill one batch{each}: a smaller --batch-size?")
+        self.settings = resolve(config, per_epoch, all(len(f.labels) == 1 for f in used), world.size)
         self.settings["files"] = fingerprint([*self.task.train, *self.task.test])
         s, self.steps = self.settings, self.settings["steps"]
 
@@ -73,14 +68,21 @@ class FinetuneRun:
         width, labels = self.tagger.encoder.patch_embed.patch_width, self.task.labels
         per_token = width if config.level == "frame" else None
         reader = Reader(used, config.workers)
-        self.batches = LabelledBatches(reader, labels, config.batch_size, s["seconds"], config.seed, per_token)
+        self.batches = LabelledBatches(
+            reader, labels, config.batch_size, s["seconds"], config.seed, per_token, rank=world.rank, world=world.size
+        )
         self.evaluation = Evaluation(
-            Reader(held, config.workers), Reader(self.task.test, config.workers), labels, self.front_end, s
+            Reader(held, config.workers), Reader(self.task.test, config.workers), labels, self.front_end, s, world
         )
         self.log_mel = LogMelSpectrogram(**self.front_end).to(self.device)
-        self.mixup = Mixup(min(config.bank_size, len(used)), config.alpha, config.seed) if s["mixup"] else None
+        seed = world.seed(config.seed)
+        self.mixup = Mixup(min(config.bank_size, len(used)), config.alpha, seed) if s["mixup"] else None
         self.rates = cosine_schedule(s["peak_lr"], config.final_lr, self.steps, s["warmup_steps"])
         self.optimizer = make_optimizer(self.model, config)
+        # nothing trains the mask token, and a process may drop a whole branch
+        self.working = world.replicate(self.model, find_unused=True)
+        if not world.first:  # from here on, what is drawn is each process's own
+            torch.manual_seed(seed)
         self.saved: dict[str, Any] = {"model": self.tagger.encoder.config, "head": self.tagger.config}
         self.saved |= {"front_end": self.front_end, "labels": labels, "settings": s}
         self.done = 0  # steps
@@ -103,7 +105,7 @@ class FinetuneRun:
 
     def losses(self, mel: Tensor, lengths: Tensor, targets: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         """The loss, by that name, and what it consists of."""
-        return {"loss": tagging_loss(self.model(mel, lengths), targets, self.settings["loss"], valid)}
+        return {"loss": tagging_loss(self.working(mel, lengths), targets, self.settings["loss"], valid)}
 
     @property
     def tagger(self) -> FineTuned:
@@ -117,17 +119,17 @@ class FinetuneRun:
 
     def train(self) -> int:
         self.resume()
-        c, gpu = self.config, self.device.type == "cuda"
+        c, world = self.config, self.world
         if self.done >= self.steps and (c.out / SCORES).exists():
             self.console.print(f"complete: {self.done} of {self.steps} steps, {checkpoint.find(c.out)}")
             return 0
         self.describe()
         watch = Stopwatch(self.device)
         bad = torch.full((), -1, device=self.device)  # the first step whose loss was not finite
-        log = RunLog(c.out, self.console, self.done, self.steps, c.batch_size, doing=self.doing)
-        prefetcher = Prefetcher(self.batches, self.done, self.steps, ahead=c.prefetch, pin=gpu)
+        log, stop = self.log(), 0
+        prefetcher = Prefetcher(self.batches, self.done, self.steps, ahead=c.prefetch, pin=self.device.type == "cuda")
         with run.stop_signals() as stopped, log, prefetcher as batches:
-            while self.done < self.steps and not stopped:
+            while self.done < self.steps and not stop:
                 with watch("data", host=True):
                     batch = next(batches)
                 with watch("mel"):
@@ -137,13 +139,15 @@ class FinetuneRun:
                 bad.masked_fill_((bad < 0) & ~out["loss"].isfinite(), batch.step)
                 self.done += 1
                 log.advance()
-                last = self.done == self.steps or bool(stopped)
+                stop = world.vote(stopped[0] if stopped else 0)
+                last = self.done == self.steps or stop > 0
                 score, save = last or self.ends(c.eval_every), last or self.ends(c.save_every)
                 if score or save or self.done % c.log_every == 0:
-                    self.check_finite(int(bad))
+                    self.check_finite(world.largest(int(bad)))
                     with watch("score", host=True):
                         scores = self.evaluation.held_out(self.tagger) if score else {}
-                    values = {k: float(v) for k, v in out.items()} | {"lr": float(self.rates[batch.step])} | scores
+                    means = world.mean(torch.stack(list(out.values()))).tolist()
+                    values = dict(zip(out, means)) | {"lr": float(self.rates[batch.step])} | scores
                     log.write(self.done, values, watch.shares())
                 if save:
                     with watch("save", host=True):
@@ -151,7 +155,13 @@ class FinetuneRun:
         if self.done == self.steps:
             self.score()
         left = {"done": self.done, "steps": self.steps, "saved": self.last_saved, "resume": c.resume}
-        return run.farewell(self.console, Problems(), stopped, **left)
+        return run.farewell(self.console, Problems(), [signal.Signals(stop)] if stop else [], **left)
+
+    def log(self) -> RunLog | NoLog:
+        if not self.world.first:
+            return NoLog()
+        clips = self.config.batch_size * self.world.size
+        return RunLog(self.config.out, self.console, self.done, self.steps, clips, doing=self.doing)
 
     def ends(self, epochs: int) -> bool:
         """Whether the last step ended every ``epochs``-th epoch."""
@@ -168,13 +178,16 @@ class FinetuneRun:
             mel, targets = self.mixup(mel, lengths, targets, batch.step)
         return mel, lengths, targets.argmax(1) if self.settings["loss"] == "ce" else targets, None
 
-    def step(self, step: int, *inputs: Any) -> dict[str, Tensor]:
+    def step(self, step: int, mel: Tensor, lengths: Tensor, targets: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         """One step of SGD; what `losses` gave, without a graph."""
         for group in self.optimizer.param_groups:
             group["lr"] = float(self.rates[step]) * group["scale"]
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        out = self.losses(*inputs)
+        out = self.losses(mel, lengths, targets, valid)
+        if valid is not None and self.world.size > 1:  # every token counts alike, whichever process has it
+            own = valid.sum().clamp(min=1).float()
+            out = {k: v * own / self.world.mean(own) for k, v in out.items()}
         out["loss"].backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
@@ -182,33 +195,34 @@ class FinetuneRun:
 
     def resume(self) -> None:
         """Bring everything to where the checkpoint stands, if there is one to go on from."""
-        path = run.to_resume(self.config.out, self.config.resume)
+        # what torchrun starts anew goes on, however the run began
+        path = run.to_resume(self.config.out, "auto" if self.world.restarts else self.config.resume)
         if path is None:
             return
         loaded, state = checkpoint.load(path), checkpoint.load_state(path)
         run.refuse_other_settings(path, conflicts(self.settings, loaded.config.get("settings", {}), FREE))
         self.model.load_state_dict(undo_official(loaded.weights))
         self.optimizer.load_state_dict(state["optimizer"])
+        state = checkpoint.load_state(path, self.world.rank) if self.world.rank else state
         if self.mixup is not None:
             self.mixup.load_state_dict(state["mixup"], self.device)
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        run.set_random_state(state, self.device)
         self.done, self.last_saved = loaded.step, path
 
     def describe(self) -> None:
         """Say what is about to run, and write it to config.json."""
+        if not self.world.first:
+            return
         s, out = self.settings, self.config.out
         if self.done:
             self.console.print(f"going on after step {self.done}", highlight=False)
-        record = self.saved | {"environment": environment(), "command": sys.argv}
-        with explain(f"write {out / 'config.json'}"):
-            write_atomically(out / "config.json", lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
+        run.write_record(out, self.saved)
         kind = "ATST-Frame" if self.tagger.encoder_is_frame else "ATST-Clip"
         self.console.print(
             f"{self.doing} {kind} at {s['level']} level on {self.device}: {len(self.batches.reader.files)} files, "
-            f"{len(self.task.labels)} labels, {self.steps} steps of {s['batch_size']} ({s['epochs']} epochs), "
-            f"{s['loss']}{' with mixup' if s['mixup'] else ''}, peak lr {s['peak_lr']:.2e}; run: {out}",
+            f"{len(self.task.labels)} labels, {self.steps} steps of {s['batch_size'] * s['processes']} "
+            f"({s['epochs']} epochs), {s['loss']}{' with mixup' if s['mixup'] else ''}, "
+            f"peak lr {s['peak_lr']:.2e}; run: {out}",
             highlight=False,
             soft_wrap=True,
         )
@@ -216,18 +230,21 @@ class FinetuneRun:
     def save(self) -> None:
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise UserError(f"step {self.done - 1}: weights are not finite any more; {run.kept(self.config.out)}")
-        state: dict[str, Any] = {
-            "optimizer": self.optimizer.state_dict(),
-            "mixup": None if self.mixup is None else self.mixup.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-        }
-        c = self.config
-        self.last_saved = checkpoint.save(c.out, self.done, official(self.model), state, self.saved, c.keep, prefix="")
+        state: dict[str, Any] = {"mixup": None if self.mixup is None else self.mixup.state_dict()}
+        state |= run.random_state(self.device)
+        c, rank = self.config, self.world.rank
+        if rank:
+            checkpoint.save_share(c.out, self.done, rank, state)
+        self.world.wait()  # what the first process writes now completes the checkpoint
+        if not rank:
+            weights, state["optimizer"] = official(self.model), self.optimizer.state_dict()
+            self.last_saved = checkpoint.save(c.out, self.done, weights, state, self.saved, c.keep, prefix="")
 
     def score(self) -> None:
         """Test files to the screen and to scores.json: of the last checkpoint, as officially, whichever is the best."""
         out, scores = self.config.out, self.evaluation.test(self.tagger)
+        if not self.world.first:
+            return
         record = {"checkpoint": str(self.last_saved), "level": self.config.level, "test": scores}
         with explain(f"write {out / SCORES}"):
             write_atomically(out / SCORES, lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))

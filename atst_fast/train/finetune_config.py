@@ -30,9 +30,10 @@ class FinetuneConfig:
     warmup_epochs: int = 5
     """epochs of linear warm-up"""
     batch_size: int = 32
-    """clips per step"""
+    """clips per step and process"""
     lr: float | None = None
-    """learning rate of the head per 256 clips; default: 1 for clips, 0.5 for frames, twice that for distillation"""
+    """learning rate of the head per 256 clips: the peak is lr * processes * batch_size / 256; default: 1 for clips, 0.5
+    for frames, twice that for distillation"""
     final_lr: float = 1e-6
     """learning rate at the end of the cosine"""
     layer_decay: float = 0.75
@@ -48,7 +49,8 @@ class FinetuneConfig:
     alpha: float = 0.5
     """mixing weights are drawn from Beta(alpha, alpha)"""
     bank_size: int = 5000
-    """earlier clips to mix with, kept in memory and in checkpoints (at most as many as there are training files)"""
+    """earlier clips of the same process to mix with, kept in memory and in checkpoints (at most as many as there are
+    training files)"""
     loss: Literal["auto", "bce", "ce"] = "auto"
     """each label alone, or one of all; auto: ce where each file has one label and nothing is mixed"""
     seconds: float | None = None
@@ -143,8 +145,9 @@ def check(config: FinetuneConfig) -> None:
         refuse_unused(c, ("eval_every",), "without files held out: --validation is 0")
 
 
-def resolve(config: FinetuneConfig, per_epoch: int, single: bool) -> dict[str, Any]:
-    """Every setting as a plain value; ``single``: each training file has exactly one label."""
+def resolve(config: FinetuneConfig, per_epoch: int, single: bool, processes: int = 1) -> dict[str, Any]:
+    """Every setting as a plain value; ``single``: each training file has exactly one label. ``peak_lr`` is scaled by
+    the batch of all processes, as officially."""
     frame, distill = config.level == "frame", isinstance(config, DistillConfig)
     lr = config.lr if config.lr is not None else (0.5 if frame else 1.0) * (1 + distill)
     mixup = not frame if config.mixup is None else config.mixup
@@ -155,7 +158,8 @@ def resolve(config: FinetuneConfig, per_epoch: int, single: bool) -> dict[str, A
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     settings |= {
         "lr": lr,
-        "peak_lr": lr * config.batch_size / 256,
+        "processes": processes,
+        "peak_lr": lr * config.batch_size * processes / 256,
         "mixup": mixup,
         "loss": loss,
         "seconds": config.seconds or (10.0 if frame else 12.0),

@@ -57,7 +57,9 @@ class LabelledBatches:
     """Shuffled batches of all files, without the incomplete one at the end of an epoch.
 
     Of files that are longer than ``seconds`` the middle is taken, as the official code does for labels of the whole;
-    with ``frames_per_token`` targets are per token and a random part is. Batch k of epoch e follows from (seed, e, k).
+    with ``frames_per_token`` targets are per token and a random part is. Of ``world`` processes, number ``rank`` gets
+    its share of each batch, which is ``world`` times ``batch_size`` files. Batch k of epoch e follows from (seed, e, k)
+    and that product.
     """
 
     def __init__(
@@ -68,19 +70,25 @@ class LabelledBatches:
         seconds: float,
         seed: int,
         frames_per_token: int | None = None,
+        *,
+        rank: int = 0,
+        world: int = 1,
     ):
         self.reader, self.labels, self.batch_size, self.seed = reader, list(labels), batch_size, seed
         self.most, self.frames_per_token = int(seconds * RATE), frames_per_token
-        self.per_epoch = len(reader.files) // batch_size
+        self._whole = batch_size * world
+        self._own = slice(rank * batch_size, (rank + 1) * batch_size)
+        self.per_epoch = len(reader.files) // self._whole
         if not self.per_epoch:
             n = len(reader.files)
-            raise UserError(f"{n} training files do not fill one batch of {batch_size}; give a smaller --batch-size")
+            whole = f"{batch_size} in each of {world} processes" if world > 1 else f"{batch_size}"
+            raise UserError(f"{n} training files do not fill one batch of {whole}; give a smaller --batch-size")
 
     def numbers(self, step: int) -> list[int]:
-        """The files of a step."""
+        """The files of a step, of this process."""
         epoch, k = divmod(step, self.per_epoch)
         order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self.reader.files))
-        return order[k * self.batch_size : (k + 1) * self.batch_size].tolist()
+        return order[k * self._whole : (k + 1) * self._whole][self._own].tolist()
 
     def names(self, step: int) -> list[str]:
         return [str(self.reader.files[i].path) for i in self.numbers(step)]
@@ -89,7 +97,7 @@ class LabelledBatches:
         numbers = self.numbers(step)
         first = self.reader.middle(numbers, self.most)
         if self.frames_per_token:
-            where = np.random.default_rng([self.seed, _CROP, step]).random(len(numbers))
+            where = np.random.default_rng([self.seed, _CROP, step]).random(self._whole)[self._own]
             first = (where * (np.maximum(self.reader.samples[numbers] - self.most, 0) + 1)).astype(int).tolist()
         waveform, lengths = self.reader.waveforms(numbers, first, self.most)
         files = [self.reader.files[i] for i in numbers]

@@ -1,9 +1,6 @@
 """``atst-fast pretrain``: the training loop of both methods, top to bottom."""
 
-import contextlib
-import json
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +11,22 @@ from atst_fast.train import checkpoint
 from atst_fast.train.audio import Problems
 from atst_fast.train.config import PretrainConfig, UserError, check, conflicts, resolve
 from atst_fast.train.data import Batches, Prefetcher, open_source
-from atst_fast.train.distributed import World, join
-from atst_fast.train.files import explain, make_folder, only_one, write_atomically
+from atst_fast.train.distributed import World
 from atst_fast.train.graph import CudaGraph, Stepper
-from atst_fast.train.info import environment
 from atst_fast.train.logging import NoLog, RunLog, Stopwatch
-from atst_fast.train.memory import keep_freed_memory
 from atst_fast.train.method import METHODS, build_front_end, build_model, mel_settings
 from atst_fast.train.precision import Trainee, pick_precision
-from atst_fast.train.run import farewell, kept, refuse_other_settings, stop_signals, to_resume
+from atst_fast.train.run import (
+    execute,
+    farewell,
+    kept,
+    random_state,
+    refuse_other_settings,
+    set_random_state,
+    stop_signals,
+    to_resume,
+    write_record,
+)
 from atst_fast.train.schedule import Schedules
 from atst_fast.train.upload import upload
 
@@ -33,12 +37,7 @@ def pretrain(config: PretrainConfig) -> int:
     Under ``torchrun`` this is one of several processes, each of which calls it with the same ``config``.
     """
     check(config)
-    keep_freed_memory()
-    with join(config.device) as world:
-        make_folder(config.out)
-        with only_one(config.out) if world.first else contextlib.nullcontext():
-            world.wait()
-            return Run(config, world, Console(stderr=True, quiet=not world.first)).train()
+    return execute(Run, config)
 
 
 class Run:
@@ -151,9 +150,7 @@ class Run:
         self.trainee.optimizer.load_state_dict(state["optimizer"])
         state = checkpoint.load_state(path, self.world.rank) if self.world.rank else state
         self.front_end.load_state_dict(state["front_end"])
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        set_random_state(state, self.device)
         self.done = loaded.step
 
     def describe(self) -> None:
@@ -161,9 +158,7 @@ class Run:
         if not self.world.first:
             return
         s, out = self.settings, self.config.out
-        record = self.saved | {"environment": environment(), "command": sys.argv}
-        with explain(f"write {out / 'config.json'}"):
-            write_atomically(out / "config.json", lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
+        write_record(out, self.saved)
         title, clips = METHODS[s["method"]].title, s["batch_size"] * s["processes"]
         self.console.print(
             f"{title} {s['arch']} on {self.device} in {s['precision']}: {self.clips['count']} clips, {self.steps} "
@@ -175,12 +170,7 @@ class Run:
     def save(self) -> None:
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise UserError(f"step {self.done - 1}: weights are not finite any more; {kept(self.config.out)}")
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        state: dict[str, Any] = {
-            "front_end": self.front_end.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": cuda,
-        }
+        state: dict[str, Any] = {"front_end": self.front_end.state_dict()} | random_state(self.device)
         c, rank = self.config, self.world.rank
         if rank:
             checkpoint.save_share(c.out, self.done, rank, state)

@@ -1,15 +1,54 @@
 """What every training run does around its loop: go on where it stopped, stop when asked to, say what it leaves."""
 
 import contextlib
+import json
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 
 from atst_fast.train import checkpoint
 from atst_fast.train.audio import Problems
 from atst_fast.train.config import UserError
+from atst_fast.train.distributed import World, join
+from atst_fast.train.files import explain, make_folder, only_one, write_atomically
+from atst_fast.train.info import environment
+from atst_fast.train.memory import keep_freed_memory
+
+
+def execute(kind: Callable[[Any, World, Console], Any], config: Any) -> int:
+    """``kind(config, world, console).train()`` in every process of the run, the first of which holds its folder and
+    talks; returns the exit code."""
+    keep_freed_memory()
+    with join(config.device) as world:
+        make_folder(config.out)
+        with only_one(config.out) if world.first else contextlib.nullcontext():
+            world.wait()
+            return kind(config, world, Console(stderr=True, quiet=not world.first)).train()
+
+
+def write_record(out: Path, record: dict[str, Any]) -> None:
+    """Write config.json: what the run is, where it runs, and the command."""
+    record = record | {"environment": environment(), "command": sys.argv}
+    with explain(f"write {out / 'config.json'}"):
+        write_atomically(out / "config.json", lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Where torch's random numbers stand, as a part of a checkpoint's state."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"rng": torch.get_rng_state(), "cuda_rng": cuda}
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Go on with the random numbers of a `random_state`."""
+    torch.set_rng_state(state["rng"])
+    if device.type == "cuda" and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
 
 
 def to_resume(out: Path, how: str) -> Path | None:

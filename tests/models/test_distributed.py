@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from atst_fast import EMATeacher, ops
-from atst_fast.models import ATSTFrame, frame_loss
+from atst_fast.models import ATSTFrame, LinearHead, frame_loss
 from atst_fast.optim import AdamWEMA, param_groups
 from tests import tolerances as tol
 
@@ -51,6 +52,16 @@ def norm(x, weight, bias, grad, **kwargs):
     running = torch.ones(2, x.shape[1], dtype=x.dtype)
     out = ops.batch_norm_relu(*leaves, running_mean=running[0], running_var=running[1], **kwargs)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad), running]
+
+
+def classify(x, grad, *, common=False):
+    """Logits of a `LinearHead`, the gradient of x, and running statistics."""
+    torch.manual_seed(4)
+    head, x = LinearHead(6, 6).double(), x.clone().requires_grad_()
+    if common:
+        nn.SyncBatchNorm.convert_sync_batchnorm(head)
+    out = head(x)
+    return [out.detach(), *torch.autograd.grad(out, x, grad), head.norm.running_mean, head.norm.running_var]
 
 
 def step(system, batch):
@@ -135,6 +146,7 @@ def one_of_two(rank, port, folder):
         padded = x[rank].clone()
         padded[counts[rank] :] = float("nan")
         rows[name] = norm(padded, weight, bias, grad[rank], **kwargs)
+    rows["head"] = classify(x[rank], grad[rank], common=True)
     torch.manual_seed(3)
     student, teacher = torch.randn(2, 24, 8).chunk(2, 1)[rank]
     spreads = frame_loss(student, teacher, count=torch.tensor(6 if rank else 12))[1:]
@@ -242,6 +254,18 @@ def test_rows_of_processes_and_padding(answers, which, counts):
     for f in found:
         torch.testing.assert_close(f[4], running)
     assert torch.equal(found[0][4], found[1][4])
+
+
+def test_rows_of_a_classifier(answers):
+    """Its statistics too are over the rows of both, of which one has more."""
+    x, _, _, grad = make_rows()
+    out, dx, *running = classify(torch.cat(x), torch.cat(grad))
+    found = [rows["head"] for _, _, rows, *_ in answers]
+    for i, whole in ((0, out), (1, dx)):
+        torch.testing.assert_close(torch.cat([f[i] for f in found]), whole)
+    for f in found:
+        torch.testing.assert_close(f[2:], running)
+        assert torch.equal(torch.stack(f[2:]), torch.stack(found[0][2:]))
 
 
 def test_converting_keeps_the_keys():

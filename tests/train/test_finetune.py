@@ -17,6 +17,7 @@ from atst_fast.train import checkpoint, evaluate
 from atst_fast.train.cli import main
 from atst_fast.train.config import UserError
 from atst_fast.train.distill import distill
+from atst_fast.train.distributed import World
 from atst_fast.train.evaluate import Evaluation, clip_logits, held_out, token_logits
 from atst_fast.train.features import Labelled
 from atst_fast.train.finetune import FinetuneRun, finetune
@@ -68,8 +69,16 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def frame(tmp_path_factory):
+    return untrained_frame(tmp_path_factory.mktemp("frame"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return untrained_clip(tmp_path_factory.mktemp("clip"))
+
+
+def untrained_frame(folder):
     """A run's folder with an untrained ATST-Frame in it."""
-    folder = tmp_path_factory.mktemp("frame")
     torch.manual_seed(1)
     model = ATSTFrame(SIZE, hidden=32, out=16, max_frames=81)
     checkpoint.save(folder, 5, model.state_dict(), {}, {"model": model.config, "front_end": FRONT_END}, keep=1)
@@ -77,10 +86,8 @@ def frame(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
+def untrained_clip(folder):
     """The same of an ATST-Clip."""
-    folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(2)
     encoder = ClipEncoder(SIZE, max_frames=81)
     weights = {f"{n}.encoder.{k}": v.clone() for n in ("teacher", "student") for k, v in encoder.state_dict().items()}
@@ -239,7 +246,8 @@ def test_one_label_each_is_a_choice(frame, tmp_path):
 def test_an_optimizer_group_for_each_scale(data, frame, tmp_path):
     from rich.console import Console
 
-    run = FinetuneRun(settings(data, frame, tmp_path, layer_decay=0.5, clip_norm=0.01, lr=2000.0), Console(quiet=True))
+    config = settings(data, frame, tmp_path, layer_decay=0.5, clip_norm=0.01, lr=2000.0)
+    run = FinetuneRun(config, World(torch.device("cpu")), Console(quiet=True))
     groups = {g["scale"]: g["params"] for g in run.optimizer.param_groups}
     assert set(groups) == {1.0, 0.5, 0.25}
     assert sum(map(len, groups.values())) == len(list(run.model.parameters()))
@@ -257,7 +265,7 @@ def test_an_optimizer_group_for_each_scale(data, frame, tmp_path):
 def test_padding_is_not_trained_on(data, frame, tmp_path):
     from rich.console import Console
 
-    run = FinetuneRun(settings(data, frame, tmp_path, level="frame"), Console(quiet=True))
+    run = FinetuneRun(settings(data, frame, tmp_path, level="frame"), World(torch.device("cpu")), Console(quiet=True))
     batch = run.batches.batch(0)
     mel, lengths, targets, valid = run.prepare(batch)
     tokens = (batch.lengths // 160 + 1) // 4
@@ -274,13 +282,14 @@ def test_padding_is_not_trained_on(data, frame, tmp_path):
 def test_scores_do_not_depend_on_what_else_is_in_the_batch(data, teachers, monkeypatch):
     files = [Labelled(data / f"test{i}.wav", ("high",), ()) for i in range(6)]
     model, _, front_end = load_tagger(teachers["clip"])
-    together = clip_logits(model, Reader(files), front_end, 0.95)
+    (together,) = clip_logits(model, Reader(files), front_end, 0.95, range(6))
     monkeypatch.setattr(evaluate, "BATCH", 1)
-    assert np.abs(clip_logits(model, Reader(files), front_end, 0.95) - together).max() < CHUNKED_FEATURES
+    alone = np.concatenate(list(clip_logits(model, Reader(files), front_end, 0.95, range(6))))
+    assert np.abs(alone - together).max() < CHUNKED_FEATURES
     model, _, front_end = load_tagger(teachers["frame"])
-    whole = list(token_logits(model, Reader(files), front_end))
+    whole = list(token_logits(model, Reader(files), front_end, range(6)))
     monkeypatch.setattr(evaluate, "PIECE", 1)
-    for a, b in zip(whole, token_logits(model, Reader(files), front_end)):
+    for a, b in zip(whole, token_logits(model, Reader(files), front_end, range(6)), strict=True):
         assert a.shape == b.shape
         assert np.abs(a - b).max() < CHUNKED_FEATURES
 
@@ -291,13 +300,14 @@ def test_thresholds_are_those_of_the_files_held_out(data, teachers, monkeypatch)
     s = {"level": "frame", "seconds": 10.0, "median": 1}
     seen = []
     monkeypatch.setattr(evaluate, "frame_values", lambda *a: seen.append(a[3]) or ([], {}))
-    held = Evaluation(Reader(files[:2]), Reader(files[2:]), labels, front_end, s)
+    world = World(torch.device("cpu"))
+    held = Evaluation(Reader(files[:2]), Reader(files[2:]), labels, front_end, s, world)
     held.test(model.train())
     assert model.training
     model.eval()
-    truth = np.concatenate([s[:, 0] for s in token_logits(model, Reader(files[:2]), front_end)])
+    truth = np.concatenate([s[:, 0] for s in token_logits(model, Reader(files[:2]), front_end, range(2))])
     assert seen[0][0] in truth
-    Evaluation(Reader([]), Reader(files[2:]), labels, front_end, s).test(model)
+    Evaluation(Reader([]), Reader(files[2:]), labels, front_end, s, world).test(model)
     assert not seen[1].any()
     assert not seen[0][1:].any()  # of labels that no such file has
     assert held_out(files, 0, 0)[0] == []
