@@ -99,9 +99,11 @@ def test_the_teacher_of_atst():
 
 
 def test_parts_of_names(student):
+    student.encoder_head = nn.Linear(8, 2)
     teacher = EMATeacher(student, include=["encoder.0.weight", "scale"])
     assert [n for n, _ in teacher.module.named_parameters()] == ["scale", "encoder.0.weight"]
     assert teacher.module.encoder[1] is None
+    assert EMATeacher(student, include=["encoder"]).module.encoder_head is None
     teacher.update(moved(student))
 
 
@@ -119,9 +121,10 @@ def test_momentum(student):
     assert torch.equal(by_number.module.scale, by_tensor.module.scale)
 
 
-def test_halves_are_averaged_in_float32(student):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_averaged_in_float32(student, dtype):
     """Near 1 a step is below the resolution of bfloat16: without the average the teacher would stand still."""
-    student = student.bfloat16()
+    student = student.to(dtype)
     teacher = EMATeacher(student, momentum=0.999)
     now = copy.deepcopy(student)
     with torch.no_grad():
@@ -129,28 +132,49 @@ def test_halves_are_averaged_in_float32(student):
     for _ in range(10):
         teacher.update(now)
     assert_near(teacher.average.get_buffer("scale"), torch.full((3,), 2 - 0.999**10))
-    assert teacher.module.scale.dtype == torch.bfloat16
-    assert torch.equal(teacher.module.scale.data, torch.full((3,), 2 - 0.999**10).bfloat16())
+    assert teacher.module.scale.dtype == dtype
+    assert torch.equal(teacher.module.scale.data, torch.full((3,), 2 - 0.999**10).to(dtype))
     again = EMATeacher(student, momentum=0.999)
     again.load_state_dict(teacher.state_dict())
     for averaged in (teacher, again):
         averaged.update(now)
     assert torch.equal(again.average.get_buffer("scale"), teacher.average.get_buffer("scale"))
-
-
-def test_what_the_operator_does_not_take(student):
-    student = student.double()
-    student.predictor.weight.data = student.predictor.weight.data.t().contiguous().t()
-    teacher, now = EMATeacher(student, 0.9), moved(student)
-    want = 0.9 * student.predictor.weight + 0.1 * now.predictor.weight
+    teacher.set(now)  # the averages as well, or the next update would undo it
     teacher.update(now)
-    torch.testing.assert_close(teacher.module.predictor.weight, want.detach(), rtol=1e-12, atol=0)
+    assert torch.equal(teacher.module.scale, now.scale)
+
+
+def test_set_takes_buffers_that_updates_skip(student):
+    teacher, now = EMATeacher(student, buffers="skip"), moved(student)
+    teacher.set(now)
+    for name, s in now.state_dict().items():
+        assert torch.equal(teacher.module.state_dict()[name], s)
+
+
+@pytest.mark.parametrize("momentum", [0.875, torch.tensor(0.875)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_the_operator_does_not_take(student, dtype, momentum):
+    student = student.to(dtype)
+    student.predictor.weight.data = student.predictor.weight.data.t().contiguous().t()
+    teacher, now = EMATeacher(student, momentum), moved(student)
+    want = 0.875 * student.predictor.weight + 0.125 * now.predictor.weight
+    teacher.update(now)
+    rtol, atol = (1e-12, 0) if dtype == torch.float64 else (0, EMA_TEACHER)
+    torch.testing.assert_close(teacher.module.predictor.weight, want.detach(), rtol=rtol, atol=atol)
+
+
+def test_a_student_of_another_dtype(student):
+    teacher, now = EMATeacher(student, 0.9), moved(student)
+    want = 0.9 * student.scale + 0.1 * now.scale
+    teacher.update(now.double())
+    assert_near(teacher.module.scale, want.detach())
+    assert not teacher.module.scale.requires_grad
 
 
 def test_wrappers_are_looked_through(student):
     plain, compiled = EMATeacher(student, 0.9), EMATeacher(torch.compile(student, backend="eager"), 0.9)
     now = moved(student)
-    plain.update(torch.compile(now, backend="eager"))
+    plain.update(torch.compile(nn.DataParallel(now), backend="eager"))
     now.encoder = torch.compile(now.encoder, backend="eager")
     compiled.update(now)
     for a, b in zip(plain.state_dict().values(), compiled.state_dict().values()):
@@ -214,3 +238,10 @@ def test_errors_of_an_update(student):
         teacher.update(student)
     with pytest.raises(ValueError, match="EMATeacher: student must be a module with a tensor scale of shape"):
         EMATeacher(student).update(student.predictor)
+    other = copy.deepcopy(student)
+    other.scale = nn.Parameter(torch.ones(1))  # which would be broadcast
+    for method in ("update", "set", "pairs"):
+        with pytest.raises(
+            ValueError, match=r"student must be a module with a tensor scale of shape \[3\], got float32"
+        ):
+            getattr(EMATeacher(student), method)(other)

@@ -83,12 +83,13 @@ def test_golden_step(isa):
 def test_param_groups_split():
     params, *_ = golden_student()
     params["frozen"] = torch.nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+    params["wide.bias"] = torch.nn.Parameter(torch.zeros(2, 2))
     decayed, plain = param_groups(Named(params), 0.04)
     by_id = {id(p): n for n, p in params.items()}
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.04, 0.0)
     assert {"encoder.pos_embed", "encoder.mask_embed"} <= {by_id[id(p)] for p in decayed["params"]}
     assert all(p.ndim > 1 for p in decayed["params"])
-    assert all(p.ndim <= 1 for p in plain["params"])
+    assert all(p.ndim <= 1 or by_id[id(p)] == "wide.bias" for p in plain["params"])
     assert len(decayed["params"]) + len(plain["params"]) == len(params) - 1
 
 

@@ -72,6 +72,9 @@ def test_torchaudios_defaults_and_buffers():
     window, fb = tables(16000, 1024, 640, 0.0, 8000.0, 128)
     assert torch.equal(module.mel_scale.fb, fb)
     assert torch.equal(module.spectrogram.window, window)
+    wide = {"window_fn": torch.hamming_window, "wkwargs": {"periodic": False, "dtype": torch.float64}}
+    assert nn.MelSpectrogram(n_fft=1024, **wide).spectrogram.window.dtype == torch.float32
+    assert nn.MelSpectrogram(sample_rate=22051, n_fft=1024, hop_length=1024).f_max == 11025.0
     other = nn.MelSpectrogram(n_fft=1024, window_fn=torch.hamming_window, wkwargs={"periodic": False})
     assert torch.equal(other.spectrogram.window, torch.hamming_window(1024, periodic=False))
 
@@ -115,7 +118,9 @@ def test_amplitudes_of_every_kind():
     groups = torch.stack([x, 100 * x])[:, None]  # [2, 1, 2, 2]: a maximum each
     assert nn.AmplitudeToDB(top_db=20.0)(groups).amin((1, 2, 3)).tolist() == [-20.0, 0.0]
     assert nn.AmplitudeToDB(top_db=20.0)(groups[:, 0]).amin() == 0  # [C, F, T]: one for all
-    assert nn.AmplitudeToDB(top_db=20.0)(torch.zeros(0, 1, 2, 2)).shape == (0, 1, 2, 2)
+    assert nn.AmplitudeToDB(top_db=0.0)(x).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    for shape in ((0, 1, 2, 2), (3, 1, 2, 0), (2, 0)):
+        assert nn.AmplitudeToDB(top_db=20.0)(torch.zeros(shape)).shape == shape
 
 
 ERRORS = [
@@ -134,6 +139,7 @@ ERRORS = [
     ({"n_fft": 1024, "f_min": 9000.0}, "f_min and f_max must satisfy"),
     ({"n_fft": 1024, "n_mels": 0}, "n_mels must be at least 1"),
     ({"n_fft": 1024, "window_fn": lambda n: torch.ones(n + 1)}, r"window_fn must be a function that returns \[1024\]"),
+    ({"n_fft": 1024, "window_fn": lambda n: torch.ones(n, 1)}, r"window_fn must be a function that returns \[1024\]"),
 ]
 
 

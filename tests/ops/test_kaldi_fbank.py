@@ -245,11 +245,61 @@ def test_gradient_runs_the_reference():
     torch.testing.assert_close(y.detach(), ops.kaldi_fbank(x.detach(), **SSAST), rtol=0, atol=tol.FBANK_OTHER_WAY)
 
 
+def test_gradient_of_own_tables_and_under_autocast():
+    x, (window, fb) = speech_like(2000), (t.clone() for t in tables(16000, 25.0, 20.0, 0.0, 23, "povey"))
+    for leaf in (window, fb):
+        leaf.requires_grad_()
+        y = kaldi_fbank_with(x, window, fb, 160)
+        (grad,) = torch.autograd.grad(y.sum(), leaf)
+        assert grad.isfinite().all()
+        assert grad.any()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(kaldi_fbank_with(x, window, fb, 160), y)
+        leaf.requires_grad_(False)
+
+
+def test_without_a_graph_the_operator_runs():
+    x = speech_like(2000)
+    y = ops.kaldi_fbank(x)
+    x.requires_grad_()
+    assert not torch.equal(ops.kaldi_fbank(x), y)
+    with torch.no_grad():
+        assert torch.equal(ops.kaldi_fbank(x), y)
+
+
 def test_reference_gradient():
     x = torch.randn(2, 24, dtype=torch.float64, requires_grad=True)
     window, fb = torch.hann_window(12, dtype=torch.float64), torch.rand(9, 3, dtype=torch.float64)
     for n in (None, torch.tensor([24, 17])):
         assert torch.autograd.gradcheck(lambda x: reference.kaldi_fbank(x, window, fb, n, 5, 0.9, True), (x,))  # noqa: B023
+
+
+def test_tables_are_made_for_every_caller():
+    """Whoever comes first may be in a mode whose tensors no other can use."""
+    x = speech_like(2000)
+    with torch.inference_mode():
+        y = ops.kaldi_fbank(x, num_mel_bins=19)
+    with torch.device("meta"):
+        ops.kaldi_fbank(x, num_mel_bins=21)
+    for bins in (19, 21):
+        ops.kaldi_fbank(x.clone().requires_grad_(), num_mel_bins=bins).sum().backward()
+    assert torch.equal(ops.kaldi_fbank(x, num_mel_bins=19), y)
+
+
+def test_samples_are_counted_as_torchaudio_counts_them():
+    assert samples_of(11025, 25.0) == 275  # of 275.625
+    for milliseconds, n_fft in ((32.0, 512), (32.1, 1024), (64.0, 1024), (128.0, 2048)):
+        window, fb = tables(16000, milliseconds, 20.0, 0.0, 23, "povey")
+        assert (len(window), len(fb)) == (int(16 * milliseconds), n_fft // 2 + 1)
+
+
+def test_tables_of_any_strides_and_lengths_of_32_bits(isa):
+    x, (window, fb) = speech_like(4000).reshape(2, 2000), tables(16000, 25.0, 20.0, 0.0, 23, "povey")
+    lengths = torch.tensor([2000, 900])
+    y = kaldi_fbank_with(x, window, fb, 160, lengths=lengths)
+    strided = torch.stack([window, window], 1)[:, 0], fb.t().contiguous().t()
+    assert not any(t.is_contiguous() for t in strided)
+    assert torch.equal(kaldi_fbank_with(x, *strided, 160, lengths=lengths.int()), y)
 
 
 def test_opcheck():
@@ -286,6 +336,7 @@ ERRORS = [
     ({"frame_shift": 0.0}, ValueError, "frame_shift must be from 1 to 400 samples, the length of a frame, got int 0"),
     ({"frame_shift": 26.0}, ValueError, "frame_shift must be from 1 to 400 .* got int 416"),
     ({"window_type": "hamming"}, ValueError, "window_type must be 'hanning' or 'povey', got str 'hamming'"),
+    ({"low_freq": -0.5}, ValueError, "low_freq and high_freq must satisfy 0 <= low_freq .*got -0.5 and 0.0"),
     ({"low_freq": 8000.0}, ValueError, "low_freq and high_freq must satisfy .*got 8000.0 and 0.0"),
     ({"high_freq": 9000.0}, ValueError, "low_freq and high_freq must satisfy .*8000.0 Hz"),
     ({"high_freq": -8000.0}, ValueError, "low_freq and high_freq must satisfy"),
@@ -295,6 +346,7 @@ ERRORS = [
     ({"lengths": torch.tensor([2000])}, ValueError, r"lengths must be \[B\] = \[2\].*got int64 \[1\]"),
     ({"lengths": torch.tensor([2000, 2001])}, ValueError, r"lengths\[1\] must be from 0 to N = 2000, got 2001"),
     ({"lengths": torch.tensor([-1, 0])}, ValueError, r"lengths\[0\] must be from 0 to N = 2000, got -1"),
+    ({"lengths": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "lengths must be on cpu, as waveform"),
     ({"waveform": WAVE[None], "lengths": torch.tensor([2000])}, ValueError, r"\[B, N\] or \[B, 1, N\] when lengths"),
 ]
 
