@@ -45,7 +45,7 @@ class Encoder(Pretrained):
     On a GPU, or with ``fixed_shapes`` set to True, no shape depends on their values nor on the draws of stochastic
     depth, which that device makes: nothing is counted or waited for, and a CUDA graph can hold any call whose arguments
     lie on it. So it is while `torch.compile` or `torch.export` traces, on a CPU too. There a length out of range is not
-    refused; it gives NaN.
+    refused by name: on a GPU it gives NaN, on a CPU the kernel refuses it.
     """
 
     fixed_shapes: bool | None = None  # None: where the host cannot look at values
@@ -70,6 +70,8 @@ class Encoder(Pretrained):
         size = self._size(arch)
         if pos_type not in ("cut", "interpolate"):
             raise ValueError(f"{self._name}: pos_type must be 'cut' or 'interpolate', got {pos_type!r}")
+        if len(patch) != 2 or min(patch) < 1:
+            _checks.fail(self._name, "patch", "two positive numbers, mel bins and frames", tuple(patch))
         self.grid = (n_mels // patch[0], max_frames // patch[1])
         if min(self.grid) < 1:
             _checks.fail(self._name, "patch", f"at most ({n_mels}, {max_frames}), (n_mels, max_frames)", tuple(patch))
@@ -149,8 +151,10 @@ class Encoder(Pretrained):
             if arch not in ARCHS:
                 raise ValueError(f"{self._name}: arch must be one of {', '.join(ARCHS)}, got {arch!r}")
             return dict(ARCHS[arch])
-        if set(arch) != {"dim", "depth", "num_heads"} or arch["depth"] < 1:
-            expected = "a name or a mapping with dim, depth (at least 1) and num_heads"
+        expected = "a name or a mapping with dim, depth and num_heads, each at least 1"
+        if not isinstance(arch, Mapping):
+            _checks.fail(self._name, "arch", expected, arch, TypeError)
+        if set(arch) != {"dim", "depth", "num_heads"} or min(arch.values()) < 1:
             _checks.fail(self._name, "arch", expected, dict(arch))
         return dict(arch)
 
@@ -183,6 +187,8 @@ class Encoder(Pretrained):
 
     def resized_positions(self, frames: int) -> Tensor:
         """All positions but row 0, resized to the input: ``[1, L, D]``."""
+        if frames < self.patch_embed.patch_width:  # torch does not resize to nothing
+            return self.pos_embed[:, :0]
         # Resized by a scale factor, not to a size: the 0.1 (which guards the factor against rounding) shifts the
         # sampling points a little.
         rows, columns = self.grid

@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from atst_fast.models import ATSTClip
+from atst_fast.models import ATSTClip, ClipEncoder
 from tests.golden import assert_golden, load
 from tests.golden.systems import clip_step
 from tests.models import checks, plain_clip
@@ -75,6 +77,30 @@ def test_lengths_of_one_view_alone():
     assert torch.equal(system(view1, view2, None, lengths).loss, system(view1, view2, full, lengths).loss)
     assert torch.equal(system(view1, view2, lengths).loss, system(view1, view2, lengths, full).loss)
     assert torch.equal(system(view1, view2).loss, system(view1, view2, full, full).loss)
+
+
+def test_a_count_that_no_batch_has_makes_the_loss_nan_and_moves_nothing(monkeypatch):
+    """What `ClipEncoder.select` gives for a length out of range, where nobody can look at it."""
+    system, _ = both()
+    before = {name: buffer.clone() for name, buffer in system.named_buffers() if "running" in name}
+    monkeypatch.setattr(ClipEncoder, "select", lambda self, mel, lengths: SimpleNamespace(count=torch.tensor(-1)))
+    monkeypatch.setattr(
+        ClipEncoder, "forward", lambda self, mel, lengths, select: mel[:, 0, :24, 0] + self.cls_token[0]
+    )
+    out = system(*random_batch())
+    assert out.loss.isnan()
+    assert all(torch.equal(system.get_buffer(name), value) for name, value in before.items())
+    monkeypatch.setattr(ClipEncoder, "select", lambda self, mel, lengths: SimpleNamespace(count=torch.tensor(8)))
+    assert system(*random_batch()).loss.isfinite()
+    assert not any(torch.equal(system.get_buffer(name), value) for name, value in before.items())
+
+
+def test_the_teacher_has_no_graph():
+    system, _ = both()
+    view1, view2, *lengths = random_batch()
+    student, teacher = system.outputs(view1.requires_grad_(), view2, *lengths)
+    assert student.requires_grad
+    assert not teacher.requires_grad
 
 
 def test_keys_are_those_of_the_published_checkpoints():

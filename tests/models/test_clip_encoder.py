@@ -40,6 +40,16 @@ def test_golden_prepare_tokens(case):
     assert_golden("prepare_tokens", f"out/{case['id']}/x", got)
 
 
+def test_positions_are_resized_to_any_other_number_of_frames():
+    """Also to one of as many tokens, as the official code does; but not to the frames that they are made for."""
+    encoder, (mel, _) = tiny(pos_type="interpolate"), batch()
+    cut = tiny()
+    cut.load_state_dict(encoder.state_dict())
+    assert torch.equal(encoder.prepare_tokens(mel), cut.prepare_tokens(mel))
+    assert not torch.allclose(encoder.prepare_tokens(mel[..., :40]), cut.prepare_tokens(mel[..., :40]))
+    assert encoder.prepare_tokens(mel[..., :3]).shape == (3, 1, 24)
+
+
 def test_masked_patches_enter_as_the_mask_token():
     encoder = tiny()
     mel, _ = batch()
@@ -104,6 +114,14 @@ def test_a_length_out_of_range_is_told_by_the_count(length, monkeypatch):
     lengths[1] = length
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # there the values are not looked at
     assert encoder.select(mel, lengths).count == -1
+    # a GPU's kernels go on with it
+    monkeypatch.setattr(ClipEncoder, "_selected_rows", lambda self, x, length, select: x[:, 0])
+    monkeypatch.setattr(ClipEncoder, "_all_rows", lambda self, x, length: x)
+    assert encoder(mel, lengths).isnan().all()
+    assert encoder(mel, torch.tensor([41, 0, 3])).isfinite().all()
+    if length < 0:
+        mean = tiny(use_cls=False)(mel, torch.tensor([41, length, 20]))
+        assert mean.isnan().all(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -144,6 +162,20 @@ def test_gradients_reach_all_but_the_mask_token():
     encoder(mel, lengths).square().sum().backward()
     assert [n for n, p in encoder.named_parameters() if p.grad is None] == ["mask_embed"]
     assert all(p.grad.any() for n, p in encoder.named_parameters() if n != "mask_embed")
+
+
+def leaves(node):
+    """Parameters that a graph leads to."""
+    if hasattr(node, "variable"):
+        return {node.variable}
+    return set().union(*(leaves(n) for n, _ in node.next_functions if n is not None)) if node else set()
+
+
+def test_the_mask_token_is_in_a_graph_only_with_a_mask():
+    """DistributedDataParallel makes a gradient of zeros for what is in it, and an optimizer decays that."""
+    encoder, (mel, _) = tiny(), batch(2)
+    assert encoder.mask_embed not in leaves(encoder.prepare_tokens(mel).grad_fn)
+    assert encoder.mask_embed in leaves(encoder.prepare_tokens(mel, torch.ones(2, 10, dtype=torch.bool)).grad_fn)
 
 
 def test_no_clips():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atst_fast.models import ARCHS, FrameEncoder
-from atst_fast.nn import LogMelSpectrogram
+from atst_fast.nn import Block, LogMelSpectrogram
 from benchmarks import official
 from tests.golden import assert_golden, load
 from tests.models.checks import assert_same, copies
@@ -78,6 +78,10 @@ def test_interpolated_positions_can_be_longer_than_trained():
     assert not encoder.pos_embed.grad[:, 0].any()
 
 
+def test_less_than_a_token_has_no_positions():
+    assert tiny(pos_type="interpolate")(torch.randn(2, 1, 64, 3)).shape == (2, 0, 24)
+
+
 @pytest.mark.parametrize("ragged", [False, True])
 def test_forward_equals_the_plain_structure(ragged):
     ours, plain = plain_pair()
@@ -116,6 +120,39 @@ def test_what_lies_past_the_length_is_not_read():
     torch.testing.assert_close(encoder(mel, lengths)[:1, :5], alone, rtol=0, atol=OTHER_ORDER)
 
 
+class Doubled(Block):
+    """Somebody's own block."""
+
+    def forward(self, x, length=None, **options):
+        return 2 * super().forward(x, length, **options)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_block_of_another_class_is_called_as_it_is(which):
+    encoder = FrameEncoder({**TINY, "depth": 3}, max_frames=41).eval()
+    encoder.blocks[which].__class__ = Doubled
+    mel, lengths, mask = batch()
+    want = encoder(mel, lengths), encoder.masked_tokens(mel, lengths, mask, replace=True)
+    encoder.fixed_shapes = True
+    got = encoder(mel, lengths), encoder.masked_tokens(mel, lengths, mask, replace=True)[: len(want[1])]
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=0, atol=OTHER_ORDER)
+
+
+def test_fixed_shapes_drop_each_branch_of_a_clip_by_itself():
+    """Of equal clips four kinds come out of a block that drops half of the branches, and two of them only while it
+    trains: nothing is dropped by one in eval mode."""
+    torch.manual_seed(0)
+    encoder = tiny(drop_path_rate=0.5)
+    encoder.fixed_shapes = True
+    with torch.no_grad():
+        out = encoder(torch.randn(1, 1, 64, 8).repeat(64, 1, 1, 1)).flatten(1)
+        encoder.blocks.eval()
+        whole = encoder(torch.randn(1, 1, 64, 8).repeat(64, 1, 1, 1)).flatten(1)
+    assert len((out / (64 * OTHER_ORDER)).round().unique(dim=0)) == 4
+    assert (whole - whole[0]).abs().max() < OTHER_ORDER
+
+
 def test_a_clip_without_valid_token_is_nobodys_problem():
     encoder = tiny().eval()
     mel, _, mask = batch(2)
@@ -148,12 +185,14 @@ def errors():
     n, p = "FrameEncoder: ", torch.Tensor
     yield lambda e: e(mel[:, 0]), n + r"mel must be \[B, 1, 64, T\]"
     yield lambda e: e(mel[:, :, :32]), n + r"mel must be \[B, 1, 64, T\]"
+    yield lambda e: e(mel.repeat(1, 2, 1, 1)), n + r"mel must be \[B, 1, 64, T\]"
     yield lambda e: e(None), n + "mel must be a tensor"
     yield lambda e: e(torch.randn(1, 1, 64, 45)), n + "mel must be at most 41 frames long"
     yield lambda e: e(mel, lengths.int()), n + r"lengths must be .* of dtype int64"
     yield lambda e: e(mel, lengths[:2]), n + r"lengths must be \[3\]"
     yield lambda e: e(mel, lengths + 41), n + r"lengths must be \[3\] \(valid frames of each clip, 0 to 41\)"
-    yield lambda e: e(mel, lengths - 42), n + "lengths must be"
+    yield lambda e: e(mel, p([41, -1, 41]).long()), n + r"lengths must be .*, got list \[41, -1, 41\]"
+    yield lambda e: e(mel, p([41, 42, 41]).long()), n + r"lengths must be .*, got list \[41, 42, 41\]"
     yield lambda e: e(mel, None, p.float(mask)), n + r"mask must be .* of dtype bool"
     yield lambda e: e(mel, None, mask[:, 1:]), n + r"mask must be \[3, 10\] \(clips, tokens\)"
     yield lambda e: e.masked_tokens(mel, None, mask[:2], replace=True), n + r"mask must be \[3, 10\]"
@@ -162,8 +201,13 @@ def errors():
     yield lambda e: e.intermediate(mel, n_blocks=3), n + "n_blocks must be from 1 to 2"
     yield lambda e: tiny(pos_type="learned"), n + "pos_type must be"
     yield lambda e: tiny(patch=(65, 4)), n + "patch must be at most"
+    yield lambda e: tiny(patch=(64, 0)), n + "patch must be two positive numbers"
+    yield lambda e: tiny(patch=(64,)), n + "patch must be two positive numbers"
     yield lambda e: FrameEncoder("huge"), n + "arch must be one of tiny, small, base, large"
     yield lambda e: FrameEncoder({"dim": 24}), n + "arch must be"
+    yield lambda e: FrameEncoder({**TINY, "depth": 0}), n + "arch must be .*, each at least 1, got"
+    yield lambda e: FrameEncoder({**TINY, "num_heads": 0}), n + "arch must be .*, each at least 1, got"
+    yield lambda e: FrameEncoder(2), n + "arch must be a name or a mapping .*, got int 2"
 
 
 @pytest.mark.parametrize("index", range(len(list(errors()))))

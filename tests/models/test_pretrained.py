@@ -30,6 +30,7 @@ def test_round_trip(encoder, tmp_path):
     mel = torch.randn(1, 1, 128, 24)
     assert torch.equal(again(mel), encoder.eval()(mel))
     assert all(p.requires_grad for p in again.parameters())
+    assert all(p.is_meta for p in type(encoder).from_config(encoder.to_config()).parameters())
 
 
 def test_load_checkpoint_reads_it(encoder, tmp_path):
