@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from atst_fast.models import Distilled, FineTuned, layer_scales, tagging_loss
+from atst_fast.models import Distilled, Encoder, FineTuned, layer_scales, tagging_loss
 from atst_fast.nn import LogMelSpectrogram
 from atst_fast.train import checkpoint, run
 from atst_fast.train.audio import Problems
@@ -22,6 +22,7 @@ from atst_fast.train.finetune_config import FREE, FinetuneConfig, check, resolve
 from atst_fast.train.labelled import HOP, LabelledBatch, LabelledBatches, Reader, fingerprint
 from atst_fast.train.logging import NoLog, RunLog, Stopwatch
 from atst_fast.train.mixup import Mixup
+from atst_fast.train.precision import pick_precision, rewrite, take_gradients, working_copy
 from atst_fast.train.probe import load_task
 from atst_fast.train.schedule import cosine_schedule
 from atst_fast.train.tagger import official, pretrained, undo_official
@@ -58,6 +59,7 @@ class FinetuneRun:
             each = f" in each of {world.size} processes" if world.size > 1 else ""
             raise UserError(f"{len(used)} files to train on do not fill one batch{each}: a smaller --batch-size?")
         self.settings = resolve(config, per_epoch, all(len(f.labels) == 1 for f in used), world.size)
+        self.settings["precision"] = pick_precision(config.precision, self.device)
         self.settings["files"] = fingerprint([*self.task.train, *self.task.test])
         s, self.steps = self.settings, self.settings["steps"]
 
@@ -79,8 +81,11 @@ class FinetuneRun:
         self.mixup = Mixup(min(config.bank_size, len(used)), config.alpha, seed) if s["mixup"] else None
         self.rates = cosine_schedule(s["peak_lr"], config.final_lr, self.steps, s["warmup_steps"])
         self.optimizer = make_optimizer(self.model, config)
+        is_bf16 = s["precision"] == "bf16"
+        working, self.shadows = working_copy(self.model, Encoder) if is_bf16 else (self.model, {})
+        self.evaluated = tagger_of(working)
         # nothing trains the mask token, and a process may drop a whole branch
-        self.working = world.replicate(self.model, find_unused=True)
+        self.working = world.replicate(working, find_unused=True)
         if not world.first:  # from here on, what is drawn is each process's own
             torch.manual_seed(seed)
         self.saved: dict[str, Any] = {"model": self.tagger.encoder.config, "head": self.tagger.config}
@@ -110,7 +115,7 @@ class FinetuneRun:
     @property
     def tagger(self) -> FineTuned:
         """What is used when all is done."""
-        return self.model.tagger if isinstance(self.model, Distilled) else self.model
+        return tagger_of(self.model)
 
     @property
     def chunk_frames(self) -> int | None:
@@ -145,7 +150,7 @@ class FinetuneRun:
                 if score or save or self.done % c.log_every == 0:
                     self.check_finite(world.largest(int(bad)))
                     with watch("score", host=True):
-                        scores = self.evaluation.held_out(self.tagger) if score else {}
+                        scores = self.evaluation.held_out(self.evaluated) if score else {}
                     means = world.mean(torch.stack(list(out.values()))).tolist()
                     values = dict(zip(out, means)) | {"lr": float(self.rates[batch.step])} | scores
                     log.write(self.done, values, watch.shares())
@@ -182,15 +187,17 @@ class FinetuneRun:
         """One step of SGD; what `losses` gave, without a graph."""
         for group in self.optimizer.param_groups:
             group["lr"] = float(self.rates[step]) * group["scale"]
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.working.train()
+        self.working.zero_grad(set_to_none=True)
         out = self.losses(mel, lengths, targets, valid)
         if valid is not None and self.world.size > 1:  # every token counts alike, whichever process has it
             own = valid.sum().clamp(min=1).float()
             out = {k: v * own / self.world.mean(own) for k, v in out.items()}
         out["loss"].backward()
+        take_gradients(self.shadows)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
+        rewrite(self.shadows)
         return {k: v.detach() for k, v in out.items()}
 
     def resume(self) -> None:
@@ -202,6 +209,7 @@ class FinetuneRun:
         loaded, state = checkpoint.load(path), checkpoint.load_state(path)
         run.refuse_other_settings(path, conflicts(self.settings, loaded.config.get("settings", {}), FREE))
         self.model.load_state_dict(undo_official(loaded.weights))
+        rewrite(self.shadows)
         self.optimizer.load_state_dict(state["optimizer"])
         state = checkpoint.load_state(path, self.world.rank) if self.world.rank else state
         if self.mixup is not None:
@@ -219,7 +227,8 @@ class FinetuneRun:
         run.write_record(out, self.saved)
         kind = "ATST-Frame" if self.tagger.encoder_is_frame else "ATST-Clip"
         self.console.print(
-            f"{self.doing} {kind} at {s['level']} level on {self.device}: {len(self.batches.reader.files)} files, "
+            f"{self.doing} {kind} at {s['level']} level on {self.device} in {s['precision']}: "
+            f"{len(self.batches.reader.files)} files, "
             f"{len(self.task.labels)} labels, {self.steps} steps of {s['batch_size'] * s['processes']} "
             f"({s['epochs']} epochs), {s['loss']}{' with mixup' if s['mixup'] else ''}, "
             f"peak lr {s['peak_lr']:.2e}; run: {out}",
@@ -242,7 +251,7 @@ class FinetuneRun:
 
     def score(self) -> None:
         """Test files to the screen and to scores.json: of the last checkpoint, as officially, whichever is the best."""
-        out, scores = self.config.out, self.evaluation.test(self.tagger)
+        out, scores = self.config.out, self.evaluation.test(self.evaluated)
         if not self.world.first:
             return
         record = {"checkpoint": str(self.last_saved), "level": self.config.level, "test": scores}
@@ -255,6 +264,11 @@ class FinetuneRun:
             names = "\n  ".join(self.batches.names(step))
             kept = run.kept(self.config.out)
             raise UserError(f"step {step}: the loss is not finite; {kept}. Clips of the batch:\n  {names}")
+
+
+def tagger_of(model: FineTuned | Distilled) -> FineTuned:
+    """The part of a model that is used when it is trained."""
+    return model.tagger if isinstance(model, Distilled) else model
 
 
 def make_optimizer(model: FineTuned | Distilled, config: FinetuneConfig) -> torch.optim.SGD:

@@ -67,6 +67,9 @@ class FinetuneConfig:
     """everything random follows from it"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one"""
+    precision: Literal["auto", "float32", "bf16"] = "float32"
+    """what the encoders compute in, also where they are scored (heads, losses, weights and optimizer are float32 in any
+    case; officially all is); auto: bf16 on a GPU"""
     workers: int | None = None
     """threads that decode audio; default: one per core"""
     prefetch: int = 4

@@ -1,15 +1,18 @@
 """Training in bfloat16: a copy that computes, beside the float32 weights that are trained, averaged and saved."""
 
 import copy
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from atst_fast.models import StudentTeacher
 from atst_fast.train.schedule import Schedules
 from atst_fast.train.step import make_optimizer
 
 PRECISIONS = ("float32", "bf16")
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -19,19 +22,33 @@ def pick_precision(name: str, device: torch.device) -> str:
     return name
 
 
-def working_copy(model: StudentTeacher) -> tuple[StudentTeacher, dict[Tensor, Tensor]]:
-    """A copy of ``model`` with bfloat16 parameters, and the copy of each parameter of ``model``.
+def working_copy(model: _Model, kind: type[nn.Module] = nn.Module) -> tuple[_Model, dict[Tensor, Tensor]]:
+    """A copy of ``model`` with bfloat16 parameters in the modules of ``kind``, and the copy of each parameter of
+    ``model``.
 
     Buffers (the running statistics of the heads) are those of ``model`` itself: both modules see one float32 tensor.
     """
     working = copy.deepcopy(model)
     with torch.no_grad():
-        for p in working.parameters():
+        for p in (p for module in working.modules() if isinstance(module, kind) for p in module.parameters()):
             p.data = p.data.to(torch.bfloat16, memory_format=torch.contiguous_format)
     for ours, theirs in zip(working.modules(), model.modules(), strict=True):
         for name, buffer in theirs.named_buffers(recurse=False):
             setattr(ours, name, buffer)
     return working, dict(zip(model.parameters(), working.parameters(), strict=True))
+
+
+def take_gradients(shadows: Mapping[Tensor, Tensor]) -> None:
+    """Give each parameter the gradient of its copy, in its own dtype, or none."""
+    for source, shadow in shadows.items():
+        source.grad = None if shadow.grad is None else shadow.grad.to(source.dtype)
+
+
+@torch.no_grad()
+def rewrite(shadows: Mapping[Tensor, Tensor]) -> None:
+    """Write each copy anew from its parameter."""
+    for source, shadow in shadows.items():
+        shadow.copy_(source)
 
 
 class Trainee:
@@ -53,8 +70,6 @@ class Trainee:
             self.working, self.shadows = working_copy(model)
         self.optimizer = make_optimizer(model, schedules, self.shadows)
 
-    @torch.no_grad()
     def rewrite(self) -> None:
         """Write the copy anew from ``model``, whose weights somebody else has set (a checkpoint was loaded)."""
-        for source, shadow in self.shadows.items():
-            shadow.copy_(source)
+        rewrite(self.shadows)

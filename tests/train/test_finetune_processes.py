@@ -63,8 +63,9 @@ def halved(config):
 
 
 def drawn(folder):
-    """What each process draws for itself: paths that are dropped, partners, crops."""
-    return halved(settings(folder / "data", folder / "frame", folder / "one-drawn", epochs=2, save_every=1))
+    """What each process draws for itself: paths that are dropped, partners, crops. In bfloat16."""
+    options = {"epochs": 2, "save_every": 1, "precision": "bf16"}
+    return halved(settings(folder / "data", folder / "frame", folder / "one-drawn", **options))
 
 
 def start(config, world):

@@ -1,0 +1,130 @@
+"""Fine-tuning and distillation with encoders in bfloat16, beside float32."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+from rich.console import Console
+
+from atst_fast.train import checkpoint, evaluate
+from atst_fast.train.config import UserError
+from atst_fast.train.distill import DistillRun, distill
+from atst_fast.train.distributed import World
+from atst_fast.train.finetune import FinetuneRun, finetune
+from tests.tolerances import BF16_STEP_RTOL
+from tests.train.test_finetune import distillation, scores, settings, untrained_clip, untrained_frame, write_tones
+from tests.train.tiny import assert_equal
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    threads(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tones, an untrained encoder of either kind, and a fine-tuned ATST-Clip; do not change it."""
+    folder = tmp_path_factory.mktemp("bf16")
+    for name in ("data", "clip", "frame"):
+        (folder / name).mkdir()
+    write_tones(folder / "data")
+    untrained_clip(folder / "clip")
+    untrained_frame(folder / "frame")
+    assert finetune(settings(folder / "data", folder / "clip", folder / "teacher", epochs=1)) == 0
+    return folder
+
+
+def of(folder, kind, out, **options):
+    """A run of fine-tuned clips or frames, or of distillation."""
+    start, level = ("clip", "clip") if kind == "clip" else ("frame", "frame" if kind == "frame" else "clip")
+    config = settings(folder / "data", folder / start, out, **{"level": level, "precision": "bf16", **options})
+    return distillation(config, folder / "teacher", project=8) if kind == "distill" else config
+
+
+def make(config):
+    kind = DistillRun if "teacher" in {f.name for f in dataclasses.fields(config)} else FinetuneRun
+    return kind(config, World(torch.device("cpu")), Console(quiet=True))
+
+
+@pytest.mark.parametrize("kind", ["clip", "frame", "distill"])
+def test_bf16_follows_float32(kind, folder, tmp_path):
+    plain = {"epochs": 2, "lr": 2.0, "drop_path": 0.0, "log_every": 1}
+    losses = []
+    for precision in ("float32", "bf16"):
+        config = of(folder, kind, tmp_path / precision, precision=precision, **plain)
+        assert (distill if kind == "distill" else finetune)(config) == 0
+        rows = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
+        losses.append(torch.tensor([row["loss"] for row in rows]))
+        assert scores(config.out).keys()
+    torch.testing.assert_close(losses[1], losses[0], rtol=BF16_STEP_RTOL, atol=0)
+    assert not torch.equal(losses[0][:3], losses[1][:3])
+
+
+@pytest.mark.parametrize("kind", ["clip", "frame", "distill"])
+def test_what_computes_is_the_rounded_copy(kind, folder, tmp_path):
+    """Of the encoders; heads are float32."""
+    run = make(of(folder, kind, tmp_path, lr=50.0))
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+    out = run.step(4, *run.prepare(run.batches.batch(4)))
+    assert out["loss"].dtype == torch.float32
+    copies, moved = dict(run.working.named_parameters()), []
+    for name, p in run.model.named_parameters():
+        in_encoder = name.startswith(("encoder.", "student.", "teacher.encoder."))
+        assert (p.dtype, copies[name].dtype) == (torch.float32, torch.bfloat16 if in_encoder else torch.float32), name
+        assert p is not copies[name]
+        assert torch.equal(copies[name], p.to(copies[name].dtype)), name
+        moved += [name] * (not torch.equal(p, before[name]))
+        assert (p.grad is None) == (copies[name].grad is None)
+    trained = {n for n in before if not n.startswith("teacher.") and "mask_embed" not in n}
+    assert set(moved) == trained
+    for name, buffer in run.model.named_buffers():
+        assert run.working.get_buffer(name) is buffer
+        assert buffer.dtype in (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize("kind", ["clip", "frame", "distill"])
+def test_it_goes_on_bit_for_bit_and_saves_float32(kind, folder, tmp_path, monkeypatch):
+    train, config = distill if kind == "distill" else finetune, of(folder, kind, tmp_path / "parts", epochs=2)
+    assert train(dataclasses.replace(config, out=tmp_path / "whole")) == 0
+    real = FinetuneRun.step
+
+    def stop(self, step, *inputs):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, step, *inputs)
+
+    with monkeypatch.context() as m:
+        m.setattr(FinetuneRun, "step", stop)
+        assert train(config) == 128 + signal.SIGINT
+    for other in ("auto", "float32"):
+        with pytest.raises(UserError, match="precision: 'float32' now, 'bf16' before"):
+            train(dataclasses.replace(config, precision=other))
+    assert train(config) == 0
+    a, b = (checkpoint.load(tmp_path / name).weights for name in ("whole", "parts"))
+    assert_equal(a, b, "weights")
+    assert all(w.dtype == torch.float32 for name, w in a.items() if not name.endswith("num_batches_tracked"))
+    assert scores(tmp_path / "whole") == scores(tmp_path / "parts")
+
+
+def test_scores_are_of_the_copy(folder, tmp_path, monkeypatch):
+    run, seen = make(of(folder, "clip", tmp_path)), []
+    real = evaluate.clip_logits
+    monkeypatch.setattr(evaluate, "clip_logits", lambda model, *rest: seen.append(model) or real(model, *rest))
+    run.score()
+    assert {m.encoder.pos_embed.dtype for m in seen} == {torch.bfloat16}
+
+
+def test_a_run_from_before_there_was_a_choice_goes_on(folder, tmp_path):
+    config = of(folder, "clip", tmp_path / "run", precision="float32", epochs=1)
+    assert finetune(config) == 0
+    path = checkpoint.find(config.out)
+    loaded, state = checkpoint.load(path), checkpoint.load_state(path)
+    for name in ("precision", "processes"):
+        del loaded.config["settings"][name]
+    state.pop("step")
+    older = dataclasses.replace(config, out=tmp_path / "older")
+    checkpoint.save(older.out, 2, loaded.weights, state, loaded.config, keep=1, prefix="")
+    assert finetune(older) == 0
