@@ -136,6 +136,25 @@ class EMATeacher(nn.Module):
             if t.dtype in _HALVES:
                 yield t, self.average.get_buffer(_key(name))
 
+    @torch.no_grad()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EMATeacher":
+        """``to``, ``half`` and the like: averages stay float32, and there are those of what is in half precision then;
+        what no longer is takes over its average."""
+        former = dict(self.average.named_buffers())
+        exact = {n: former.get(_key(n), p.detach()) for n, p in self.module.named_parameters()}
+        super()._apply(fn, recurse)
+        moved = dict(self.average.named_buffers())
+        self.average._buffers.clear()
+        for name, p in self.module.named_parameters():
+            value = exact[name]
+            if value.is_meta and not p.is_meta:  # what comes from there has no values
+                value = moved.get(_key(name), p.detach())
+            if p.dtype in _HALVES:
+                self.average.register_buffer(_key(name), value.to(p.device, torch.float32, copy=True))
+            elif _key(name) in moved:
+                p.copy_(value)
+        return self
+
     def extra_repr(self) -> str:
         return f"momentum={self.momentum}, buffers={self.buffers_follow!r}"
 

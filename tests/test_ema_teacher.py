@@ -111,9 +111,9 @@ def test_momentum(student):
     """A schedule by the number of updates, or by the step that is given; a tensor."""
     asked = []
     teacher = EMATeacher(student, momentum=lambda step: asked.append(step) or 0.5)
-    for step in (None, None, 40):
+    for step in (None, None, 40, 0):
         teacher.update(student, step)
-    assert asked == [0, 1, 40]
+    assert asked == [0, 1, 40, 0]
     now = moved(student)
     by_number, by_tensor = EMATeacher(student, 0.25), EMATeacher(student, torch.tensor(0.25))
     for averaged in (by_number, by_tensor):
@@ -142,6 +142,28 @@ def test_halves_are_averaged_in_float32(student, dtype):
     teacher.set(now)  # the averages as well, or the next update would undo it
     teacher.update(now)
     assert torch.equal(teacher.module.scale, now.scale)
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
+def test_casting_the_teacher_keeps_its_averages(student, first):
+    """Also that of a whole system whose part it is."""
+    teacher = EMATeacher(student.to(first), momentum=0.999)
+    system, now = nn.ModuleList([teacher]).half(), copy.deepcopy(student).half()
+    with torch.no_grad():
+        now.scale.add_(1.0)
+    for _ in range(10):
+        teacher.update(now)
+    assert {name: x.dtype for name, x in teacher.average.named_buffers()} == {
+        name.replace(".", "/"): torch.float32 for name, _ in student.named_parameters()
+    }
+    want = torch.full((3,), 2 - 0.999**10)
+    assert_near(teacher.average.get_buffer("scale"), want)
+    system.float()
+    assert not [*teacher.average.buffers()]
+    assert_near(teacher.module.scale, want)
+    assert set(teacher.state_dict()) == set(EMATeacher(student.float()).state_dict())
+    teacher.update(now.float())
+    assert teacher.half().to("meta").to_empty(device="cpu").average.get_buffer("scale").dtype == torch.float32
 
 
 def test_set_takes_buffers_that_updates_skip(student):
