@@ -14,6 +14,7 @@ _OP = "AdamWEMA"
 _NAMES = ("lr", "weight_decay", "beta1", "beta2", "eps")
 _TOO_EARLY = f"{_OP}: a step must be taken before one is captured in a CUDA graph: groups or gradients are new"
 _Row = list[float | Tensor]
+_FORM = (("correct_bias", True), ("amsgrad", False), ("maximize", False), ("decoupled_weight_decay", True))
 _UNREAD: _Row = [0.0] * len(_NAMES)  # of tensors that are only averaged
 _List = list[Tensor]
 _Lists = tuple[_List, _List, _List, _List, _List, _List, _List, _List]  # as ops.ema.adamw_ema_ takes them
@@ -143,7 +144,7 @@ class AdamWEMA(torch.optim.Optimizer):
         if not (named or isinstance(optimizer, torch.optim.AdamW)):
             _checks.fail(f"{_OP}.from_optimizer", "optimizer", "torch's or transformers' AdamW", optimizer, TypeError)
         for i, group in enumerate(optimizer.param_groups):
-            for name, wanted in (("correct_bias", True), ("amsgrad", False), ("maximize", False)):
+            for name, wanted in _FORM:
                 if group.get(name, wanted) != wanted:
                     _checks.fail(f"{_OP}.from_optimizer", f"{name} of group {i}", str(wanted), group[name])
         options.setdefault("form", "hf" if kinds["hf"] else "torch")
@@ -197,9 +198,9 @@ class AdamWEMA(torch.optim.Optimizer):
             for name in ("lr", "betas", "eps", "weight_decay"):
                 if name not in group:
                     raise ValueError(f"{_OP}: state_dict's group {i} must have {name!r}, as AdamW's do, got {[*group]}")
-            for name in ("amsgrad", "maximize"):
-                if group.get(name):
-                    _checks.fail(_OP, f"state_dict's {name} of group {i}", "False", True)
+            for name, wanted in _FORM:
+                if group.get(name, wanted) != wanted:
+                    _checks.fail(_OP, f"state_dict's {name} of group {i}", str(wanted), group[name])
             _hyper(group, i)
         for i, state in state_dict["state"].items():
             if state and not {"step", "exp_avg", "exp_avg_sq"} <= set(state):

@@ -125,6 +125,11 @@ CASES = {
     ),
     "amsgrad": (load(amsgrad=True), ValueError, "state_dict's amsgrad of group 0 must be False, got bool True"),
     "maximize": (load(maximize=True), ValueError, "state_dict's maximize of group 0 must be False, got bool True"),
+    "Adam": (
+        load(decoupled_weight_decay=False),
+        ValueError,
+        "state_dict's decoupled_weight_decay of group 0 must be True",
+    ),
     "loaded lr": (load(lr=math.nan), ValueError, "lr of group 0 must be finite and 0 or more, got float nan"),
 }
 

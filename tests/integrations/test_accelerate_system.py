@@ -292,6 +292,8 @@ def test_adamw_ema_goes_on_from_an_optimizer(kind, started):
     assert [g["lr"] for g in new.param_groups] == [0.01, 0.1]
     assert new.param_groups[0]["name"] == "a"
     assert all(a is b for a, b in zip(params, (p for g in new.param_groups for p in g["params"])))
+    new.param_groups[0]["mark"] = 1
+    assert "mark" not in old.param_groups[0]
     steps(new, grads[3:])
     got = [p.detach().clone() for p in params]
     with torch.no_grad():
