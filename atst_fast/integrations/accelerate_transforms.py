@@ -108,6 +108,8 @@ def _has(step: Any, *names: str) -> bool:
 
 def _require(step: Any, **values: Any) -> None:
     for name, value in values.items():
+        if not hasattr(step, name):
+            raise Unknown(f"{type(step).__name__} does not say its {name}")
         if getattr(step, name) != value:
             raise Unknown(f"{type(step).__name__} has {name}={getattr(step, name)!r}, not {value!r}")
 

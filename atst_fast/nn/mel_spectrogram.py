@@ -28,7 +28,7 @@ class MelSpectrogram(Tables):
     energies within 60 dB of the strongest bin of a clip's spectra: 5e-4 of the energy.
 
     Raises:
-        ValueError: an argument that is not supported or out of range.
+        ValueError: an argument that is not supported or out of range. TypeError: a size that is no whole number.
     """
 
     spectrogram: nn.Module
@@ -62,6 +62,14 @@ class MelSpectrogram(Tables):
         _only("onesided", onesided, None, True)
         _only("norm", norm, None)
         _only("mel_scale", mel_scale, "htk")
+        for name, value in {
+            "n_fft": n_fft,
+            "win_length": win_length,
+            "hop_length": hop_length,
+            "n_mels": n_mels,
+        }.items():
+            if value is not None and not _checks.is_integer(value):
+                _checks.fail("MelSpectrogram", name, "a whole number", value, TypeError)
         f_max = float(sample_rate // 2) if f_max is None else f_max
         settings = (sample_rate, n_fft, win_length, f_min, f_max, n_mels, window_fn, wkwargs)
         super().__init__(("spectrogram.window", "mel_scale.fb"), _make, *settings)
@@ -71,6 +79,12 @@ class MelSpectrogram(Tables):
         self.f_min, self.f_max, self.pad, self.normalized = f_min, f_max, pad, normalized
         if not 1 <= self.hop_length <= n_fft:
             _checks.fail("MelSpectrogram", "hop_length", f"from 1 to n_fft ({n_fft})", self.hop_length)
+        # as attributes of the two parts, where torchaudio's users read them
+        fixed = {"pad": pad, "power": power, "normalized": normalized, "center": True, "pad_mode": pad_mode}
+        sizes = {"n_fft": n_fft, "win_length": self.win_length, "hop_length": self.hop_length, "onesided": True}
+        vars(self.spectrogram).update(sizes | fixed)
+        bands = {"n_mels": n_mels, "sample_rate": sample_rate, "f_min": f_min, "f_max": f_max}
+        vars(self.mel_scale).update(bands | {"norm": norm, "mel_scale": mel_scale})
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """``[..., N]`` float32, or int16 that is read as x / 32768, to float32 ``[..., n_mels, N // hop_length + 1]``.

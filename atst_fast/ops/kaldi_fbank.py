@@ -215,15 +215,19 @@ def make_tables(
     if not 0 <= low_freq < (high_freq if high_freq > 0 else high_freq + nyquist) <= nyquist:
         expected = f"0 <= low_freq < high_freq <= {nyquist} Hz (a high_freq of 0 or less counts from there)"
         raise ValueError(f"{_OP}: low_freq and high_freq must satisfy {expected}, got {low_freq} and {high_freq}")
-    if num_mel_bins < 4:
-        _checks.fail(_OP, "num_mel_bins", "at least 4", num_mel_bins)
+    if not _checks.is_integer(num_mel_bins) or num_mel_bins < 4:
+        _checks.fail(_OP, "num_mel_bins", "a whole number, at least 4", num_mel_bins)
     window = reference.window_function(window_type, frame)
     return window, reference.filterbank(n_fft, sample_frequency, low_freq, high_freq, num_mel_bins)
 
 
 def samples_of(sample_frequency: float, milliseconds: float) -> int:
     """How many samples that takes, rounded down, in torchaudio's order of operations."""
-    return int(sample_frequency * milliseconds * 0.001)
+    samples = sample_frequency * milliseconds * 0.001
+    if not abs(samples) < 2**31:
+        given = sample_frequency, milliseconds
+        _checks.fail(_OP, "sample_frequency, frame_length and frame_shift", "finite and less than 2^31 samples", given)
+    return int(samples)
 
 
 def check_fixed(**given: float) -> None:
@@ -237,6 +241,8 @@ def _channel(waveform: Tensor, channel: int) -> Tensor:
     expected = "[C, N] (channels, samples) when channel is given"
     if waveform.dim() != 2:
         _checks.fail(_OP, "waveform", expected, waveform)
+    if not _checks.is_integer(channel):
+        _checks.fail(_OP, "channel", "a whole number or None", channel, TypeError)
     if max(channel, 0) >= waveform.shape[0]:
         _checks.fail(_OP, "channel", f"less than the {waveform.shape[0]} channels of waveform", channel)
     return waveform[max(channel, 0)]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from atst_fast import accelerate_transforms, restore_transforms
+from atst_fast.nn import AmplitudeToDB, MelSpectrogram
 from tests.golden import load
 from tests.integrations.standins import audiossl_transforms as audiossl
 from tests.tolerances import FRONT_END
@@ -165,3 +166,16 @@ def test_golden_views():
         for i, crop in enumerate(crops):
             torch.testing.assert_close(crop, t[f"out/clip/call{call}/crop{i}"], rtol=0, atol=FRONT_END)
         assert lengths == t[f"out/clip/call{call}/lengths"].tolist()
+
+
+def test_steps_of_this_package_and_of_other_versions():
+    """The drop-ins say what torchaudio's modules say; where something is not said, the steps stay."""
+    transform = audiossl.Compose([MelSpectrogram(n_fft=1024, hop_length=160), AmplitudeToDB(top_db=80.0)])
+    wave = clips(1)[0]
+    want = transform(wave)
+    assert accelerate_transforms(transform)[0].replaced
+    torch.testing.assert_close(transform(wave), want, rtol=0, atol=FRONT_END)
+    old = audiossl.MelSpectrogram()
+    del old.spectrogram.center
+    (entry,) = accelerate_transforms(audiossl.Compose([old, audiossl.AmplitudeToDB()]))
+    assert (entry.replaced, entry.note) == (False, f"{type(old.spectrogram).__name__} does not say its center")

@@ -149,6 +149,12 @@ def test_errors(arguments, message):
         nn.MelSpectrogram(**arguments)
 
 
+@pytest.mark.parametrize("name", ["n_fft", "win_length", "hop_length", "n_mels"])
+def test_sizes_are_whole_numbers(name):
+    with pytest.raises(TypeError, match=f"MelSpectrogram: {name} must be a whole number, got float 64.5"):
+        nn.MelSpectrogram(**{"n_fft": 512, name: 64.5})
+
+
 def test_errors_of_decibels():
     with pytest.raises(ValueError, match="AmplitudeToDB: stype must be 'power' or 'magnitude', got str 'energy'"):
         nn.AmplitudeToDB("energy")
