@@ -72,6 +72,8 @@ class FrontEnd(Views):
             n_mels=n_mels,
             win_length=win_length,
         )
+        if patch_width < 1:
+            _checks.fail("FrontEnd", "patch_width", "at least 1", patch_width)
         self.patch_width = patch_width
         self.masks: dict[str, Any] = {"mask_ratio": mask_ratio, "mask_len": mask_len, "mask_type": mask_type}
         self.fixed_size = fixed_size
@@ -80,6 +82,7 @@ class FrontEnd(Views):
     def forward(self, waveform: Tensor) -> FrontEndBatch:
         """``[B, N]`` float32 or int16, clips padded with zeros at their end to the crop's length, as upstream does:
         all frames count as valid."""
+        _checks.tensor("FrontEnd", "waveform", waveform, "[B, N] (clips, samples)", dim=2)
         mel = self.log_mel(waveform[:, None])
         clips, _, _, frames = mel.shape
         patches = frames // self.patch_width

@@ -1,5 +1,7 @@
 """Features of long audio: golden tensors of the official chunks, chunk by chunk by hand, and errors."""
 
+import copy
+
 import pytest
 import torch
 
@@ -77,6 +79,46 @@ def test_frame_features_chunk_by_chunk(frame_encoder, frames):
         torch.testing.assert_close(got[row], want, rtol=0, atol=OTHER_ORDER)
 
 
+@pytest.mark.parametrize(
+    "frames, chunk, counted",
+    [
+        (50, 30, [(0, 30)]),  # 20 frames are left out
+        (51, 30, [(0, 30), (30, 51)]),
+        (12, 30, [(0, 12)]),  # unless they are all there is
+        (100, 20, [(start, start + 20) for start in range(0, 100, 20)]),
+        (151, 101, [(0, 101)]),  # half of a chunk is not more than half of it
+        (152, 101, [(0, 101), (101, 152)]),
+    ],
+)
+@torch.inference_mode()
+def test_which_chunks_count(frame_encoder, frames, chunk, counted):
+    """Alone, and beside a longer clip."""
+    mel = torch.randn(2, 1, 64, frames + 2 * chunk)
+    means = [frame_encoder.intermediate(mel[:1, ..., a:b])[0].mean(0) for a, b in counted]
+    want = torch.stack(means).mean(0)
+    alone = frame_features(frame_encoder, mel[:1, ..., :frames], None, 1, chunk)
+    torch.testing.assert_close(alone[0], want, rtol=0, atol=OTHER_ORDER)
+    if chunk > 40:
+        lengths = torch.tensor([frames, frames + 2 * chunk])
+        both = frame_features(frame_encoder, mel, lengths, 1, chunk)
+        torch.testing.assert_close(both[0], want, rtol=0, atol=OTHER_ORDER)
+
+
+@torch.inference_mode()
+def test_a_clip_of_nothing_gives_zeros(clip_encoder):
+    """It does not count: not even its class token does."""
+    got = clip_features(clip_encoder, torch.randn(2, 1, 64, 120), torch.tensor([0, 120]), 1, 101)
+    assert not got[0].any()
+    assert got[1].all()
+
+
+@torch.inference_mode()
+def test_means_of_halves_are_float32(frame_encoder, clip_encoder):
+    mel = torch.randn(1, 1, 64, 101, dtype=torch.bfloat16)
+    for encoder, features in ((frame_encoder, frame_features), (clip_encoder, clip_features)):
+        assert features(copy.deepcopy(encoder).bfloat16(), mel).dtype == torch.float32
+
+
 @torch.inference_mode()
 def test_lengths_on_fixed_shapes_give_the_same(frame_encoder, clip_encoder):
     mel, lengths = torch.randn(3, 1, 64, 230), torch.tensor([230, 110, 160])
@@ -100,6 +142,7 @@ def test_tokens_do_not_drift(frame_encoder, clip_encoder):
         torch.testing.assert_close(got[:1], want, rtol=0, atol=OTHER_ORDER)
         assert not got[1, 32:].any()
         assert got[1, :32].all()
+        assert token_features(encoder, mel[..., :104], None, 1, 101).shape == (2, 26, 24)  # the last chunk is a token
 
 
 @pytest.mark.parametrize("frames", [3, 101, 250])

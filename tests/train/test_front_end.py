@@ -5,7 +5,7 @@ import torch
 
 from atst_fast.ops import augment
 from atst_fast.ops.augment import AugmentDraws, MemoryBank, augment_views
-from atst_fast.train import front_end, views
+from atst_fast.train import views
 from atst_fast.train.front_end import ClipFrontEnd, FrontEnd
 from atst_fast.train.masks import spans_to_mask
 from tests import tolerances as tol
@@ -121,6 +121,39 @@ def test_both_views_are_drawn_as_published(monkeypatch):
     assert not torch.equal(drawn[0].crop, drawn[1].crop)
 
 
+def test_the_view_of_atst_frame_is_drawn_as_published(monkeypatch):
+    """0.6 to 1.5 times all bins, at most all; all frames."""
+    drawn = []
+    real = views.draw_augment
+    monkeypatch.setattr(views, "draw_augment", lambda *a, **k: drawn.append(real(*a, **k)) or drawn[-1])
+    front = FrontEnd(bank_size=100)
+    for _ in range(20):
+        front(torch.randint(-9000, 9000, (10, 4000)).to(torch.int16))
+    i, j, h, w = torch.cat([d.crop for d in drawn]).unbind(1)
+    assert 38 <= h.min() < 44
+    assert (h == 64).float().mean() > 0.4
+    assert ((i + h).max(), int(j.max()), set(w.tolist())) == (64, 0, {26})
+
+
+def test_masks_are_as_asked_for():
+    wave = torch.randint(-9000, 9000, (40, 48000)).to(torch.int16)
+    few, many = FrontEnd(mask_ratio=0.1, mask_len=1)(wave), FrontEnd(mask_ratio=0.9, fixed_size=True)(wave)
+    assert few.mask.shape == (40, 75)
+    assert 0.05 < few.mask.float().mean() < 0.15
+    runs = few.mask.long().diff(dim=1).eq(1).sum()
+    assert runs > 0.7 * few.mask.sum()  # of one patch each, but for neighbours
+    assert many.mask.float().mean() > 0.5
+    assert many.mask.sum() <= many.capacity <= 40 * 75
+    assert FrontEnd(patch_width=8)(wave).mask.shape == (40, 37)
+
+
+def test_the_longer_view_may_be_the_second():
+    batch = ClipFrontEnd((6000, 8000))(torch.randint(-9000, 9000, (3, 14000)).to(torch.int16))
+    assert batch.view1.shape == batch.view2.shape == (3, 1, 64, 51)
+    assert batch.lengths1.tolist() == [38] * 3
+    assert batch.lengths2 is None
+
+
 def test_the_shorter_view_is_padded_and_has_its_length():
     front = ClipFrontEnd((8000, 6000))
     wave = torch.randint(-9000, 9000, (3, 14000)).to(torch.int16)
@@ -142,6 +175,10 @@ def test_the_shorter_view_is_padded_and_has_its_length():
         (lambda: ClipFrontEnd((8000, 0)), "ClipFrontEnd: samples must be two positive numbers"),
         (lambda: ClipFrontEnd((8000, 800))(torch.zeros(2, 8000)), r"waveform must be \[B, 8800\]"),
         (lambda: ClipFrontEnd((8000, 800))(torch.zeros(8800)), r"waveform must be \[B, 8800\]"),
+        (lambda: ClipFrontEnd((8000, 800))(torch.zeros(2, 8801)), r"waveform must be \[B, 8800\]"),
+        (lambda: FrontEnd()(torch.zeros(8800)), r"FrontEnd: waveform must be \[B, N\] \(clips, samples\), got"),
+        (lambda: FrontEnd()(torch.zeros(2, 1, 8800)), r"FrontEnd: waveform must be \[B, N\] \(clips, samples\), got"),
+        (lambda: FrontEnd(patch_width=0), "FrontEnd: patch_width must be at least 1, got int 0"),
     ],
 )
 def test_crops_that_do_not_fit(call, message):
@@ -195,6 +232,8 @@ def test_flags_choose_what_is_augmented():
     assert plain.view1 is plain.view2
     warped = next(batches(FrontEnd(mixup=False, seed=3), 1))
     mixed = next(batches(FrontEnd(freq_warp=False), 1))
+    neither = next(batches(FrontEnd(mixup=False, freq_warp=False), 1))
+    assert torch.equal(neither.view2, plain.view1)
     assert torch.equal(warped.view1, plain.view1)
     assert torch.equal(mixed.view2[0], plain.view1[0])  # nobody came before the first clip
     assert not torch.equal(mixed.view2[1:], plain.view1[1:])
@@ -252,7 +291,10 @@ def test_the_random_state_of_another_kind_of_device_is_refused():
 
 
 def test_no_gradient_is_kept():
-    assert not front_end.FrontEnd()(torch.randn(1, 2000, requires_grad=True)).view2.requires_grad
+    wave = torch.randn(1, 2000, requires_grad=True)
+    plain = FrontEnd(aug_stu=False), ClipFrontEnd((1000, 1000))
+    plain[1].augmented = (False, False)
+    assert not any(front(wave).view2.requires_grad for front in (FrontEnd(), *plain))
 
 
 def test_no_value_is_asked_for(monkeypatch):
