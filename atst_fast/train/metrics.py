@@ -98,17 +98,25 @@ def _match(true: Sequence[Event], predicted: Sequence[Event], collar: float, sha
         return a.label == b.label and abs(a.onset - b.onset) <= collar + _SLACK and abs(a.offset - b.offset) <= late
 
     candidates = [[j for j, b in enumerate(predicted) if fits(a, b)] for a in true]
-
-    def place(i: int, tried: set[int]) -> bool:
-        for j in candidates[i]:
-            if j not in tried:
-                tried.add(j)
-                if j not in owner or place(owner[j], tried):
-                    owner[j] = i
-                    return True
-        return False
-
-    return [i for i in range(len(true)) if place(i, set())]
+    taken: dict[int, int] = {}
+    for i in range(len(true)):
+        reached, searched = {}, [i]  # from which true event a prediction was reached; those whose candidates were
+        free = None
+        for a in searched:  # which grows: a path may be as long as there are events, too long for a recursion
+            for j in candidates[a]:
+                if j not in reached:
+                    reached[j] = a
+                    if j not in owner:
+                        free = j
+                        break
+                    searched.append(owner[j])
+            if free is not None:
+                break
+        while free is not None:  # back along the path: each event gives its prediction to the one before
+            a = reached[free]
+            owner[free] = a
+            taken[a], free = free, taken.get(a)
+    return sorted(taken)
 
 
 def frame_range(event: Event, hop: float = HOP) -> tuple[int, int]:
@@ -123,7 +131,7 @@ def roll(events: Iterable[Event], labels: Sequence[str], frames: int, hop: float
         if event.label not in column:
             raise ValueError(f"roll: events must have labels among {', '.join(labels)}, got {event.label!r}")
         first, last = frame_range(event, hop)
-        active[max(first, 0) : last, column[event.label]] = True
+        active[max(first, 0) : max(last, 0), column[event.label]] = True
     return active
 
 
@@ -167,16 +175,17 @@ def top1(scores: np.ndarray, targets: np.ndarray) -> float:
 
 
 def best_thresholds(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """For each label the threshold of ``scores`` ``[n, labels]`` with the highest F1 (score >= threshold is positive).
-
-    Infinity for a label without a positive.
+    """For each label that of its ``scores`` ``[n, labels]`` which is the threshold of the highest F1 (score >=
+    threshold is positive), the highest of several; infinity for a label without a positive.
     """
     thresholds = np.full(scores.shape[1], np.inf)
     for k in range(scores.shape[1]):
         if targets[:, k].any():
             order = np.argsort(-scores[:, k], kind="stable")
             hits, taken = np.cumsum(targets[order, k]), np.arange(1, len(order) + 1)
-            thresholds[k] = scores[order[np.argmax(2 * hits / (taken + hits[-1]))], k]
+            ranked = scores[order, k]
+            last = np.append(ranked[1:] != ranked[:-1], True)  # equal scores are taken together or not at all
+            thresholds[k] = ranked[np.argmax(np.where(last, 2 * hits / (taken + hits[-1]), -1))]
     return thresholds
 
 

@@ -1,5 +1,9 @@
 """Scores: cases counted by hand, and sed_eval as an independent check (extra eval-check)."""
 
+import inspect
+import sys
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -9,6 +13,7 @@ from atst_fast.train.metrics import (
     clip_map,
     event_counts,
     events_of,
+    frame_values,
     median_filter,
     roll,
     segment_counts,
@@ -35,6 +40,7 @@ def test_segments_counted_by_hand():
         (Event("dog", 1.21, 2.0), 0),
         (Event("dog", 1.0, 1.8), 1),  # offset at the collar
         (Event("dog", 1.0, 1.79), 0),
+        (Event("dog", 1.25, 2.0), 0),
         (Event("bell", 1.0, 2.0), 0),
     ],
 )
@@ -46,6 +52,8 @@ def test_offset_collar_grows_with_the_event():
     long = Event("dog", 0.0, 5.0)
     assert event_counts([([long], [Event("dog", 0.0, 6.0)])]).micro == 1
     assert event_counts([([long], [Event("dog", 0.0, 6.01)])]).micro == 0
+    assert event_counts([([long], [Event("dog", 0.5, 5.0)])]).micro == 0  # that of the onset does not
+    assert event_counts([([Event("dog", 0.0, 2.0)], [Event("dog", 0.0, 2.45)])]).micro == 0  # of the true event
 
 
 def test_events_match_one_to_one_and_as_many_as_possible():
@@ -55,6 +63,16 @@ def test_events_match_one_to_one_and_as_many_as_possible():
     assert event_counts([(true, predicted)]).micro == 1
     assert event_counts([(true, predicted[:1] * 1)]).hits.total() == 1
     assert event_counts([(true[:1], predicted)]).micro == 2 / 3
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_long_chain_of_events_that_give_way_to_one_another(order, request):
+    true = [Event("dog", 0.2 * i, 0.2 * i + 0.15) for i in range(200)][::order]
+    predicted = [Event("dog", 0.2 * i + 0.1, 0.2 * i + 0.25) for i in range(200)]
+    request.addfinalizer(partial(sys.setrecursionlimit, sys.getrecursionlimit()))
+    sys.setrecursionlimit(len(inspect.stack()) + 100)  # so that 200 are many
+    hits = [event_counts([(true, p)]).hits.total() for p in (predicted, predicted[1:] + predicted[:1])]
+    assert hits == [200, 200]
 
 
 def test_nothing_true_and_nothing_predicted():
@@ -72,6 +90,10 @@ def test_frames_and_events():
         ("dog", 0.28, 0.4),
     ]
     assert np.array_equal(roll(events, LABELS, 12), active)
+    borders = [(i, roll([Event("dog", round(0.04 * i, 2), round(0.04 * i + 0.04, 2))], LABELS, 80)) for i in range(80)]
+    assert all(np.flatnonzero(active[:, 1]).tolist() == [i] for i, active in borders)
+    before = roll([Event("dog", -0.2, 0.05), Event("rain", -3.0, -1.0)], LABELS, 80)
+    assert (np.flatnonzero(before[:, 1]).tolist(), before[:, 2].any()) == ([0, 1], False)
     with pytest.raises(ValueError, match=r"labels among bell, dog, rain, got 'cat'"):
         roll([Event("cat", 0, 1)], LABELS, 12)
     with pytest.raises(ValueError, match=r"active must be \[frames, 2\]"):
@@ -85,8 +107,9 @@ def test_median_filter():
     for width in (1, 3, 7):
         expected = reference(active.astype(int), size=(width, 1), mode="constant") > 0
         assert np.array_equal(median_filter(active, width), expected)
-    with pytest.raises(ValueError, match=r"width must be an odd number"):
-        median_filter(active, 4)
+    for width in (4, -1):
+        with pytest.raises(ValueError, match=r"width must be an odd number"):
+            median_filter(active, width)
 
 
 def test_clip_scores():
@@ -103,6 +126,38 @@ def test_best_thresholds():
     scores = np.array([[0.1, 0.3], [0.4, 0.2], [0.35, 0.1], [0.8, 0.0]])
     targets = np.array([[0, 0], [0, 0], [1, 0], [1, 0]], bool)
     assert best_thresholds(scores, targets).tolist() == [0.35, np.inf]
+    # one of four equal scores cannot be taken alone: F1 is 2 / 5 there and 4 / 7 with all
+    equal = np.array([[0.5], [0.5], [0.5], [0.5], [0.4]])
+    assert best_thresholds(equal, np.array([[1], [0], [0], [0], [1]], bool)).tolist() == [0.4]
+    rng = np.random.default_rng(0)
+    scores, targets = rng.integers(0, 6, (40, 8)).astype(float), rng.random((40, 8)) < 0.3
+    f1 = [[2 * (targets[:, k] & (scores[:, k] >= t)).sum() / (targets[:, k].sum() + (scores[:, k] >= t).sum())
+           for t in range(6)] for k in range(8)]  # fmt: skip
+    assert best_thresholds(scores, targets).tolist() == [max(np.flatnonzero(row == np.max(row))) for row in f1]
+
+
+def test_frame_values():
+    """Two files with tokens of 0.5 s: what reaches its threshold, without runs of one token, against the events."""
+    scores = [np.full((12, 2), 0.1), np.full((8, 2), 0.1)]
+    scores[0][2:8, 0] = 0.6
+    scores[0][4, 0] = 0.5  # a gap that the threshold leaves, and the filter fills
+    scores[0][10, 0] = 0.9
+    scores[1][:4, 1] = 0.3
+    events = [[Event("a", 1.0, 4.0)], [Event("b", 0.0, 1.0)]]
+    active, values = frame_values(scores, events, ["a", "b"], np.array([0.6, 0.3]), 3, 0.5)
+    assert [np.flatnonzero(a[:, k]).tolist() for a, k in zip(active, (0, 1))] == [[2, 3, 4, 5, 6, 7], [0, 1, 2, 3]]
+    assert not active[0][:, 1].any()
+    assert values["segment_f1"] == pytest.approx((1 + 2 / 3) / 2)
+    assert values["event_f1"] == 0.5  # b ends a second late
+    assert values["frame_map"] == pytest.approx((_precision(scores[0][:, 0], 2, 8) + 0.5) / 2)
+
+
+def _precision(scores, first, last):
+    from sklearn.metrics import average_precision_score
+
+    truth = np.zeros(20, bool)
+    truth[first:last] = True
+    return average_precision_score(truth, np.concatenate([scores, np.full(8, 0.1)]))
 
 
 def _random_events(rng, n):
