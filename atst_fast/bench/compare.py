@@ -1,6 +1,7 @@
 """Two results of the same cases beside each other: ratios, and whether they are more than noise."""
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +34,16 @@ def load(path: Path) -> dict:
     """A result that was written before. Raises ValueError with what is wrong with the file."""
     try:
         result = json.loads(path.read_text())
-        for case in result["cases"]:
-            report.key(case), case["median_s"], case["iqr_s"]
+        times = [(report.key(case), case["median_s"], case["iqr_s"]) for case in result["cases"]]
         result["device"]["name"], result["versions"]["torch"], result["commit"]["id"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        why = "it is not JSON" if isinstance(error, ValueError) else f"it lacks {error}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        kinds = {KeyError: f"it lacks {error}", TypeError: "it has another form", AttributeError: "it has another form"}
+        why = kinds.get(type(error), "it is not JSON")
         raise ValueError(f"bench: {path} is no result of a benchmark: {why}") from error
+    for key, median, spread in times:
+        if not all(isinstance(x, int | float) for x in (median, spread)) or not (0 < median < math.inf and spread >= 0):
+            said = f"its {key[1]} has the median {median!r} and the spread {spread!r}"
+            raise ValueError(f"bench: {path} is no result of a benchmark: {said}")
     return result
 
 

@@ -1,6 +1,7 @@
 """Two results beside each other."""
 
 import json
+import math
 
 import pytest
 
@@ -53,6 +54,12 @@ def test_a_result_survives_its_file(tmp_path):
     assert len(compare.changes(result, compare.load(path))) == 1
 
 
+def written(**changes):
+    result = cpu_result(case("atst_fast", 1.0))
+    result["cases"][0].update(changes)
+    return json.dumps(result)
+
+
 @pytest.mark.parametrize(
     "text, why",
     [
@@ -60,6 +67,12 @@ def test_a_result_survives_its_file(tmp_path):
         ("{}", "it lacks 'cases'"),
         ('{"cases": [{"group": "op"}]}', "it lacks 'params'"),
         ('{"cases": []}', "it lacks 'device'"),
+        ("[]", "it has another form"),
+        ("[" * 10**5, "it is not JSON"),
+        (written(median_s=0), "its test_op has the median 0 and the spread 0.1"),
+        (written(median_s=None), "its test_op has the median None and"),
+        (written(iqr_s=-1), "its test_op has the median 1.0 and the spread -1"),
+        (written(median_s=math.nan), "its test_op has the median nan and"),
     ],
 )
 def test_a_file_that_is_no_result(tmp_path, text, why):
