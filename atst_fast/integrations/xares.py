@@ -23,8 +23,9 @@ class ATSTEncoder(nn.Module):
 
     def forward(self, audio: Tensor) -> Tensor:
         """Waveforms ``[B, N]`` or ``[N]`` at ``sampling_rate`` to float32 ``[B, T, output_dim]``, T = ceil(N / 640)."""
-        with torch.inference_mode():
-            return self.embedder.timestamps(audio[None] if audio.dim() == 1 else audio)[0]
+        one = isinstance(audio, Tensor) and audio.dim() == 1
+        with torch.no_grad():  # no inference tensors: a head is trained on what comes out
+            return self.embedder.timestamps(audio[None] if one else audio)[0]
 
     def train(self, mode: bool = True) -> "ATSTEncoder":
         return super().train(False)

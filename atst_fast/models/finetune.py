@@ -191,14 +191,18 @@ def tagging_loss(
     ``"bce"``: of each class alone, ``targets`` float ``[..., classes]`` in [0, 1], or int64 ``[...]`` that mean one of
     them. ``"ce"``: one class of all, ``targets`` int64 ``[...]``, or float probabilities ``[..., classes]``. ``valid``
     bool ``[...]``: which rows count (all of them otherwise); none gives zero.
-    Raises ValueError for another ``kind``, shapes that do not fit, and numbers of no class (on a GPU torch does).
+    Raises ValueError for another ``kind``, shapes that do not fit, and numbers of no class (on a GPU torch does);
+    TypeError for other dtypes.
     """
+    _checks.tensor("tagging_loss", "targets", targets, "[...] (class numbers) or [..., classes] (float values)")
     if kind not in LOSSES:
         _checks.fail("tagging_loss", "kind", "'bce' or 'ce'", kind)
     classes, indices = logits.shape[-1], not targets.is_floating_point()
     if targets.shape != (logits.shape[:-1] if indices else logits.shape):
         expected = f"class numbers {list(logits.shape[:-1])} or float values {list(logits.shape)}, as logits are"
         _checks.fail("tagging_loss", "targets", expected, targets)
+    if indices and targets.dtype != torch.int64:
+        _checks.fail("tagging_loss", "targets", "int64 class numbers or float values", targets, TypeError)
     if indices and _checks.readable(targets) and not ((targets >= 0) & (targets < classes)).all():
         _checks.fail("tagging_loss", "targets", f"class numbers from 0 to {classes - 1}", targets.tolist())
     if kind == "bce":
@@ -210,8 +214,10 @@ def tagging_loss(
         each = each.view(logits.shape[:-1])
     if valid is None:
         return each.mean()
+    expected = _checks.Later("{}, as logits are without classes", list(each.shape))
+    _checks.tensor("tagging_loss", "valid", valid, expected, dtypes=(torch.bool,))
     if valid.shape != each.shape:
-        _checks.fail("tagging_loss", "valid", f"{list(each.shape)}, as logits are without classes", valid)
+        _checks.fail("tagging_loss", "valid", expected, valid)
     return torch.where(valid, each, 0.0).sum() / valid.sum().clamp(min=1)
 
 

@@ -119,7 +119,8 @@ def clip_logits(
 def token_logits(
     model: FineTuned, reader: Reader, front_end: dict[str, Any], numbers: Sequence[int]
 ) -> Iterator[NDArray[np.float32]]:
-    """Logits ``[L, classes]`` of each whole file of these ``numbers``, one after the other."""
+    """Logits ``[L, classes]`` of each whole file of these ``numbers``, one after the other; L is 0 for a file of less
+    than a token."""
     device = next(model.parameters()).device
     log_mel, width = LogMelSpectrogram(**front_end).to(device), model.encoder.patch_embed.patch_width
     piece = PIECE * (model.chunk_frames // width * width)
@@ -127,7 +128,7 @@ def token_logits(
         waveform, _ = reader.waveforms([number], [0], int(reader.samples[number]))
         mel = log_mel(waveform.to(device)[:, None])
         parts = [model(part)[0] for part in mel.split(piece, dim=3) if part.shape[3] >= width]
-        yield torch.cat(parts).float().cpu().numpy()
+        yield torch.cat([mel.new_zeros(0, model.config["classes"]), *parts]).float().cpu().numpy()
 
 
 def show(scores: dict[str, float], files: int) -> Any:

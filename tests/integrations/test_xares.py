@@ -36,6 +36,25 @@ def test_it_stays_frozen_and_in_eval_mode(encoder):
     assert not any(p.requires_grad for p in encoder.parameters())
 
 
+def test_a_head_can_be_trained_on_it(encoder):
+    head = torch.nn.Linear(encoder.output_dim, 3)
+    out = encoder(torch.randn(2, 8000, requires_grad=True))
+    assert not out.requires_grad
+    head(out).sum().backward()
+    assert head.weight.grad.any()
+
+
+def test_something_else_is_no_waveform(encoder):
+    with pytest.raises(TypeError, match=r"Embedder: waveform must be a tensor \[B, N\]"):
+        encoder([0.0, 0.1])
+
+
+def test_eval_mode_from_the_start():
+    embedder = Embedder(FrameEncoder(SIZE, drop_path_rate=0.9).train(), n_blocks=1)
+    encoder, audio = ATSTEncoder(embedder), torch.randn(2, 8000)
+    assert torch.equal(encoder(audio), encoder(audio))
+
+
 def test_something_else_is_no_embedder():
     with pytest.raises(TypeError, match="ATSTEncoder: embedder must be an Embedder, got FrameEncoder"):
         ATSTEncoder(FrameEncoder(SIZE))

@@ -244,7 +244,16 @@ def test_errors():
             ValueError, match=r"tagging_loss: targets must be class numbers from 0 to 2, got list \[1, -"
         ):
             tagging_loss(x, torch.tensor([1, -100]), kind)
+    with pytest.raises(TypeError, match="tagging_loss: targets must be int64 class numbers or float values, got int32"):
+        tagging_loss(x, torch.zeros(2, dtype=torch.int32))
+    with pytest.raises(TypeError, match="tagging_loss: targets must be a tensor"):
+        tagging_loss(x, [0, 1])
+    with pytest.raises(ValueError, match="tagging_loss: targets must be class numbers from 0 to 2, got"):
+        tagging_loss(x, torch.tensor([1, 3]))
     with pytest.raises(ValueError, match="tagging_loss: valid must be"):
         tagging_loss(x, x, "bce", torch.ones(2, 3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="distill_loss: weight must be between 0 and 1"):
-        distill_loss(DistilledLogits(x, x, x), x, weight=1.5)
+    with pytest.raises(TypeError, match=r"tagging_loss: valid must be \[2\], as logits .* of dtype bool, got int64"):
+        tagging_loss(x, x, "bce", torch.ones(2, dtype=torch.int64))
+    for weight in (1.5, -0.5):
+        with pytest.raises(ValueError, match="distill_loss: weight must be between 0 and 1"):
+            distill_loss(DistilledLogits(x, x, x), x, weight=weight)
