@@ -30,7 +30,7 @@ def stream_decibels(pieces: Iterable[Tensor], front_end: LogMelSpectrogram, fram
         waveform = piece if waveform is None else torch.cat([waveform, piece])
         first = min(done, context)
         whole = (len(waveform) - half) // hop + 1  # frames that end within the samples
-        if whole - first < frames:
+        if whole - first < max(frames, 2):  # one alone has nothing to be reflected
             continue
         yield _decibels(waveform[: (whole - 1) * hop + half], front_end)[:, first:whole]
         done += whole - first

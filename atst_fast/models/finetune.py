@@ -214,10 +214,10 @@ def tagging_loss(
         each = each.view(logits.shape[:-1])
     if valid is None:
         return each.mean()
-    expected = _checks.Later("{}, as logits are without classes", list(each.shape))
-    _checks.tensor("tagging_loss", "valid", valid, expected, dtypes=(torch.bool,))
+    wide = _checks.Later("{}, as logits are without classes", list(each.shape))
+    _checks.tensor("tagging_loss", "valid", valid, wide, dtypes=(torch.bool,))
     if valid.shape != each.shape:
-        _checks.fail("tagging_loss", "valid", expected, valid)
+        _checks.fail("tagging_loss", "valid", wide, valid)
     return torch.where(valid, each, 0.0).sum() / valid.sum().clamp(min=1)
 
 
