@@ -197,11 +197,11 @@ def test_streamed_decibels_are_those_of_the_whole(pieces, options):
     assert len(got) > 1 or len(waveform) < 22 * front_end.hop_length + front_end.n_fft
 
 
-def test_decibels_are_streamed_a_frame_at_a_time():
+def test_decibels_are_streamed_a_few_frames_at_a_time():
     front_end, waveform = LogMelSpectrogram(top_db=None, minmax=None), noise(4000)
     got = list(stream_decibels(waveform.split(160), front_end, frames=1))
     assert torch.equal(torch.cat(got, dim=1), front_end(waveform))
-    assert len(got) > 20
+    assert len(got) > 10
 
 
 @pytest.mark.parametrize("options", [{}, {"top_db": None}, {"minmax": None}, {"top_db": 20.0}, {"top_db": 0.0}])
