@@ -18,10 +18,10 @@ from atst_fast.train.data import Prefetcher
 from atst_fast.train.distributed import World
 from atst_fast.train.evaluate import Evaluation, held_out, show
 from atst_fast.train.files import explain, write_atomically
-from atst_fast.train.finetune_config import FREE, FinetuneConfig, check, resolve
-from atst_fast.train.labelled import HOP, LabelledBatch, LabelledBatches, Reader, fingerprint
+from atst_fast.train.finetune_config import FORMER, FREE, FinetuneConfig, check, resolve
+from atst_fast.train.labelled import HOP, LabelledBatch, LabelledBatches, Reader, balanced_weights, fingerprint
 from atst_fast.train.logging import NoLog, RunLog, Stopwatch
-from atst_fast.train.mixup import Mixup
+from atst_fast.train.mixup import FileMixup, Masks, Mixup
 from atst_fast.train.precision import pick_precision, rewrite, take_gradients, working_copy
 from atst_fast.train.probe import load_task
 from atst_fast.train.schedule import cosine_schedule
@@ -70,15 +70,34 @@ class FinetuneRun:
         width, labels = self.tagger.encoder.patch_embed.patch_width, self.task.labels
         per_token = width if config.level == "frame" else None
         reader = Reader(used, config.workers)
+        place = {"rank": world.rank, "world": world.size}
         self.batches = LabelledBatches(
-            reader, labels, config.batch_size, s["seconds"], config.seed, per_token, rank=world.rank, world=world.size
+            reader,
+            labels,
+            config.batch_size,
+            s["seconds"],
+            config.seed,
+            per_token,
+            weights=balanced_weights(used) if config.sampler == "balanced" else None,
+            mixed=config.mixup_prob if s["mixup"] and config.mixup_partner == "file" else 0.0,
+            **place,
         )
         self.evaluation = Evaluation(
             Reader(held, config.workers), Reader(self.task.test, config.workers), labels, self.front_end, s, world
         )
         self.log_mel = LogMelSpectrogram(**self.front_end).to(self.device)
         seed = world.seed(config.seed)
-        self.mixup = Mixup(min(config.bank_size, len(used)), config.alpha, seed) if s["mixup"] else None
+        self.masks = (
+            Masks(config.freq_mask, config.time_mask, config.seed, **place)
+            if config.freq_mask or config.time_mask
+            else None
+        )
+        self.mixup: Mixup | FileMixup | None = None
+        if s["mixup"] and config.mixup_partner == "file":
+            self.mixup = FileMixup(config.alpha, config.seed, self.masks, **place)
+        elif s["mixup"]:
+            capacity = min(config.bank_size, len(used))
+            self.mixup = Mixup(capacity, config.alpha, seed, config.mixup_prob, self.masks)
         self.rates = cosine_schedule(s["peak_lr"], config.final_lr, self.steps, s["warmup_steps"])
         self.optimizer = make_optimizer(self.model, config)
         is_bf16 = s["precision"] == "bf16"
@@ -174,12 +193,17 @@ class FinetuneRun:
 
     def prepare(self, batch: LabelledBatch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Mel ``[B, 1, F, T]``, valid frames int64 ``[B]`` on the CPU, targets, and which tokens count."""
-        waveform, samples, targets = (x.to(self.device, non_blocking=True) for x in batch[1:])
+        waveform, samples, targets = (x.to(self.device, non_blocking=True) for x in batch[1:4])
         mel, lengths = self.log_mel(waveform, samples)[:, None], batch.lengths // HOP + 1
+        if self.masks is not None and self.mixup is None:
+            mel = self.masks(mel, lengths, batch.step)
         if self.config.level == "frame":
             tokens = self.tagger.encoder.tokens(lengths).to(self.device)
             return mel, lengths, targets, torch.arange(targets.shape[1], device=self.device) < tokens[:, None]
-        if self.mixup is not None:
+        if isinstance(self.mixup, FileMixup):
+            mel, targets = self.mixup(mel, lengths, targets, batch.step, batch.partner_of)
+            lengths = lengths[: len(mel)]
+        elif self.mixup is not None:
             mel, targets = self.mixup(mel, lengths, targets, batch.step)
         return mel, lengths, targets.argmax(1) if self.settings["loss"] == "ce" else targets, None
 
@@ -207,12 +231,12 @@ class FinetuneRun:
         if path is None:
             return
         loaded, state = checkpoint.load(path), checkpoint.load_state(path)
-        run.refuse_other_settings(path, conflicts(self.settings, loaded.config.get("settings", {}), FREE))
+        run.refuse_other_settings(path, conflicts(self.settings, FORMER | loaded.config.get("settings", {}), FREE))
         self.model.load_state_dict(undo_official(loaded.weights))
         rewrite(self.shadows)
         self.optimizer.load_state_dict(state["optimizer"])
         state = checkpoint.load_state(path, self.world.rank) if self.world.rank else state
-        if self.mixup is not None:
+        if isinstance(self.mixup, Mixup):
             self.mixup.load_state_dict(state["mixup"], self.device)
         run.set_random_state(state, self.device)
         self.done, self.last_saved = loaded.step, path
@@ -239,7 +263,7 @@ class FinetuneRun:
     def save(self) -> None:
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise UserError(f"step {self.done - 1}: weights are not finite any more; {run.kept(self.config.out)}")
-        state: dict[str, Any] = {"mixup": None if self.mixup is None else self.mixup.state_dict()}
+        state: dict[str, Any] = {"mixup": self.mixup.state_dict() if isinstance(self.mixup, Mixup) else None}
         state |= run.random_state(self.device)
         c, rank = self.config, self.world.rank
         if rank:

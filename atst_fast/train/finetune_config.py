@@ -8,6 +8,8 @@ from typing import Any, Literal
 from atst_fast.train.config import FREE as PRETRAIN_FREE
 from atst_fast.train.config import UserError, refuse_unused
 
+# What older runs did not write down, because they knew nothing else.
+FORMER = {"sampler": "shuffle", "mixup_partner": "bank", "mixup_prob": 1.0, "freq_mask": 0, "time_mask": 0}
 FREE = PRETRAIN_FREE - {"epochs"} | {"eval_every", "median"}
 
 
@@ -47,10 +49,21 @@ class FinetuneConfig:
     mixup: bool | None = None
     """mix clips and labels with earlier ones, and crop and resize; default: for clips. Their loss is bce then"""
     alpha: float = 0.5
-    """mixing weights are drawn from Beta(alpha, alpha)"""
+    """mixing weights are drawn from Beta(alpha, alpha); officially 10 for AudioSet-2M"""
+    mixup_partner: Literal["bank", "file"] = "bank"
+    """what a clip is mixed with: an earlier one, or any other file, read for that (officially for AudioSet-2M)"""
+    mixup_prob: float = 1.0
+    """share of the clips that are mixed; officially 0.5 for AudioSet-2M"""
     bank_size: int = 5000
     """earlier clips of the same process to mix with, kept in memory and in checkpoints (at most as many as there are
     training files)"""
+    freq_mask: int = 0
+    """a random band of less than so many mel bins of a clip becomes 0 (SpecAugment; officially 20 for AudioSet-2M)"""
+    time_mask: int = 0
+    """a random band of less than so many frames of 10 ms of a clip becomes 0 (officially 50 for AudioSet-2M)"""
+    sampler: Literal["shuffle", "balanced"] = "shuffle"
+    """shuffle: each file once per epoch; balanced: as many draws of all files, the rarer its labels the more often
+    (officially for AudioSet-2M)"""
     loss: Literal["auto", "bce", "ce"] = "auto"
     """each label alone, or one of all; auto: ce where each file has one label and nothing is mixed"""
     seconds: float | None = None
@@ -114,6 +127,9 @@ def check(config: FinetuneConfig) -> None:
         "clip_norm": (c.clip_norm > 0, "positive"),
         "drop_path": (0 <= c.drop_path < 1, "0 or more and less than 1"),
         "alpha": (0 < c.alpha < math.inf, "positive"),
+        "mixup_prob": (0 < c.mixup_prob <= 1, "more than 0 and at most 1"),
+        "freq_mask": (c.freq_mask >= 0, "0 or more"),
+        "time_mask": (c.time_mask >= 0, "0 or more"),
         "bank_size": (c.bank_size >= 1, "at least 1"),
         "seconds": (c.seconds is None or 0.2 <= c.seconds <= 600, "between 0.2 and 600"),
         "chunk_seconds": (c.chunk_seconds is None or 0.2 <= c.chunk_seconds <= 600, "between 0.2 and 600"),
@@ -154,6 +170,8 @@ def resolve(config: FinetuneConfig, per_epoch: int, single: bool, processes: int
     frame, distill = config.level == "frame", isinstance(config, DistillConfig)
     lr = config.lr if config.lr is not None else (0.5 if frame else 1.0) * (1 + distill)
     mixup = not frame if config.mixup is None else config.mixup
+    if not mixup and (config.mixup_partner, config.mixup_prob) != ("bank", 1.0):
+        raise UserError("--mixup-partner and --mixup-prob say how clips are mixed, and here nothing is")
     loss = config.loss if config.loss != "auto" else "ce" if single and not mixup and not frame else "bce"
     if loss == "ce" and (mixup or frame or not single):
         reason = "mixed labels" if mixup else "--level frame" if frame else "files of several labels, or none"

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -17,17 +18,19 @@ from atst_fast.train.features import Labelled
 from atst_fast.train.metrics import Event, roll
 
 HOP = 160  # samples of a mel frame
-_ORDER, _CROP = range(2)  # the streams of random numbers
+_ORDER, _CROP, _BALANCED, _PARTNER = 0, 1, 6, 7  # the streams of random numbers, beside those of mixup.py
 
 
 class LabelledBatch(NamedTuple):
-    """``waveform`` int16 ``[B, N]``, padded with zeros; ``lengths`` int64 ``[B]`` valid samples; ``targets`` float32
-    ``[B, classes]``, or ``[B, L, classes]`` per token."""
+    """``waveform`` int16 ``[B + M, N]``, padded with zeros; ``lengths`` int64 ``[B + M]`` valid samples; ``targets``
+    float32 ``[B + M, classes]``, or ``[B, L, classes]`` per token. The last M clips are there to be mixed with those of
+    the numbers ``partner_of`` int64 ``[M]``."""
 
     step: int
     waveform: Tensor
     lengths: Tensor
     targets: Tensor
+    partner_of: Tensor
 
 
 class Reader:
@@ -57,7 +60,9 @@ class LabelledBatches:
     """Shuffled batches of all files, without the incomplete one at the end of an epoch.
 
     Of files that are longer than ``seconds`` the middle is taken, as the official code does for labels of the whole;
-    with ``frames_per_token`` targets are per token and a random part is. Of ``world`` processes, number ``rank`` gets
+    with ``frames_per_token`` targets are per token and a random part is. With ``weights`` ``[files]`` an epoch is as
+    long, but each file of a batch is drawn from all by them. ``mixed`` of the clips bring another file along, any one.
+    Of ``world`` processes, number ``rank`` gets
     its share of each batch, which is ``world`` times ``batch_size`` files. Batch k of epoch e follows from (seed, e, k)
     and that product.
     """
@@ -71,11 +76,16 @@ class LabelledBatches:
         seed: int,
         frames_per_token: int | None = None,
         *,
+        weights: NDArray[np.float64] | None = None,
+        mixed: float = 0.0,
         rank: int = 0,
         world: int = 1,
     ):
         self.reader, self.labels, self.batch_size, self.seed = reader, list(labels), batch_size, seed
         self.most, self.frames_per_token = int(seconds * RATE), frames_per_token
+        self._bounds = None if weights is None else np.cumsum(weights)
+        self._mixed = mixed
+        self._epoch: tuple[int, NDArray[np.int64]] | None = None
         self._whole = batch_size * world
         self._own = slice(rank * batch_size, (rank + 1) * batch_size)
         self.per_epoch = len(reader.files) // self._whole
@@ -86,15 +96,30 @@ class LabelledBatches:
 
     def numbers(self, step: int) -> list[int]:
         """The files of a step, of this process."""
+        if self._bounds is not None:
+            where = np.random.default_rng([self.seed, _BALANCED, step]).random(self._whole) * self._bounds[-1]
+            drawn = np.searchsorted(self._bounds, where, side="right")
+            return drawn.clip(max=len(self._bounds) - 1)[self._own].tolist()  # a product may round up to the last bound
         epoch, k = divmod(step, self.per_epoch)
-        order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self.reader.files))
-        return order[k * self._whole : (k + 1) * self._whole][self._own].tolist()
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self.reader.files))
+        return self._epoch[1][k * self._whole : (k + 1) * self._whole][self._own].tolist()
+
+    def partners(self, step: int) -> tuple[list[int], list[int]]:
+        """Which clips of a step, counted from 0, bring another file along, and which files."""
+        draws = np.random.default_rng([self.seed, _PARTNER, step]).random((2, self._whole))[:, self._own]
+        (of,) = np.nonzero(draws[0] < self._mixed)
+        others = len(self.reader.files) - 1
+        after = 1 + (draws[1, of] * others).astype(int)
+        return of.tolist(), ((np.array(self.numbers(step))[of] + after) % (others + 1)).tolist()
 
     def names(self, step: int) -> list[str]:
-        return [str(self.reader.files[i].path) for i in self.numbers(step)]
+        """Of all files that have a part in a step."""
+        return [str(self.reader.files[i].path) for i in self.numbers(step) + self.partners(step)[1]]
 
     def batch(self, step: int, *, pin: bool = False) -> LabelledBatch:
-        numbers = self.numbers(step)
+        of, partners = self.partners(step)
+        numbers = self.numbers(step) + partners
         first = self.reader.middle(numbers, self.most)
         if self.frames_per_token:
             where = np.random.default_rng([self.seed, _CROP, step]).random(self._whole)[self._own]
@@ -107,8 +132,20 @@ class LabelledBatches:
             targets = torch.from_numpy(np.stack(rolls))
         else:
             targets = torch.tensor([[label in f.labels for label in self.labels] for f in files])
-        parts = waveform, lengths, targets.float()
-        return LabelledBatch(step, *(p.pin_memory() for p in parts)) if pin else LabelledBatch(step, *parts)
+        targets = targets.float()
+        if pin:
+            waveform, lengths, targets = (x.pin_memory() for x in (waveform, lengths, targets))
+        return LabelledBatch(step, waveform, lengths, targets, torch.tensor(of, dtype=torch.int64))
+
+
+def balanced_weights(files: Sequence[Labelled]) -> NDArray[np.float64]:
+    """``[files]``: the sum over a file's labels of 1000 / (files of that label + 0.01), as the official code weighs
+    AudioSet, so that each label is drawn as often as any other (but for those that come with others)."""
+    counts = Counter(label for f in files for label in set(f.labels))
+    weights = np.array([sum(1000 / (counts[label] + 0.01) for label in set(f.labels)) for f in files])
+    if not weights.any():
+        raise UserError("--sampler balanced needs labels, and none of the files to train on has one")
+    return weights
 
 
 def token_targets(

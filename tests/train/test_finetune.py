@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from rich.console import Console
 from safetensors import safe_open
 
 from atst_fast.models import ATSTFrame, ClipEncoder
@@ -30,6 +31,7 @@ from tests.train.tiny import assert_equal
 
 SIZE = {"dim": 32, "depth": 2, "num_heads": 2}
 PITCH = {"high": 3000.0, "low": 300.0, "middle": 1000.0}
+AUDIOSET = {"sampler": "balanced", "mixup_partner": "file", "mixup_prob": 0.5, "freq_mask": 20, "time_mask": 20}
 FRONT_END = {"n_mels": 64, "win_length": 1024}
 
 
@@ -199,10 +201,11 @@ def test_official_keys(data, frame, teachers):
     assert all(name.startswith(("encoder.encoder.", "head.")) for name in names)
 
 
-@pytest.mark.parametrize("kind", ["clips", "frames", "distilled"])
+@pytest.mark.parametrize("kind", ["clips", "frames", "distilled", "drawn"])
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(kind, data, frame, teachers, tmp_path, monkeypatch, capsys):
     def config(name):
-        c = settings(data, frame, tmp_path / name, level="frame" if kind == "frames" else "clip")
+        more = {"level": "frame"} if kind == "frames" else AUDIOSET if kind == "drawn" else {}
+        c = settings(data, frame, tmp_path / name, **more)
         return distillation(c, teachers["clip"]) if kind == "distilled" else c
 
     run = distill if kind == "distilled" else finetune
@@ -244,8 +247,6 @@ def test_one_label_each_is_a_choice(frame, tmp_path):
 
 
 def test_an_optimizer_group_for_each_scale(data, frame, tmp_path):
-    from rich.console import Console
-
     config = settings(data, frame, tmp_path, layer_decay=0.5, clip_norm=0.01, lr=2000.0)
     run = FinetuneRun(config, World(torch.device("cpu")), Console(quiet=True))
     groups = {g["scale"]: g["params"] for g in run.optimizer.param_groups}
@@ -263,8 +264,6 @@ def test_an_optimizer_group_for_each_scale(data, frame, tmp_path):
 
 
 def test_padding_is_not_trained_on(data, frame, tmp_path):
-    from rich.console import Console
-
     run = FinetuneRun(settings(data, frame, tmp_path, level="frame"), World(torch.device("cpu")), Console(quiet=True))
     batch = run.batches.batch(0)
     mel, lengths, targets, valid = run.prepare(batch)

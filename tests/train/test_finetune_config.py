@@ -17,6 +17,9 @@ from atst_fast.train.finetune_config import DistillConfig, FinetuneConfig, check
         ({"momentum": 1.0}, "--momentum must be 0 or more and less than 1"),
         ({"clip_norm": 0.0}, "--clip-norm must be positive"),
         ({"alpha": 0.0}, "--alpha must be positive"),
+        ({"mixup_prob": 0.0}, "--mixup-prob must be more than 0 and at most 1"),
+        ({"freq_mask": -1}, "--freq-mask must be 0 or more"),
+        ({"time_mask": -1}, "--time-mask must be 0 or more"),
         ({"validation": 1.0}, "--validation must be 0 or more and less than 1"),
         ({"median": 2}, "--median must be odd"),
         ({"seconds": 0.1}, "--seconds must be between 0.2 and 600"),
@@ -72,3 +75,6 @@ def test_what_is_left_to_us():
     ):
         with pytest.raises(UserError, match=f"--loss ce asks for exactly one label per clip, which excludes {reason}"):
             of(loss="ce", **options)
+    for options in ({"mixup": False, "mixup_partner": "file"}, {"level": "frame", "mixup_prob": 0.5}):
+        with pytest.raises(UserError, match="--mixup-partner and --mixup-prob say how clips are mixed, and here"):
+            of(**options)

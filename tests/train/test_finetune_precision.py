@@ -115,16 +115,3 @@ def test_scores_are_of_the_copy(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "clip_logits", lambda model, *rest: seen.append(model) or real(model, *rest))
     run.score()
     assert {m.encoder.pos_embed.dtype for m in seen} == {torch.bfloat16}
-
-
-def test_a_run_from_before_there_was_a_choice_goes_on(folder, tmp_path):
-    config = of(folder, "clip", tmp_path / "run", precision="float32", epochs=1)
-    assert finetune(config) == 0
-    path = checkpoint.find(config.out)
-    loaded, state = checkpoint.load(path), checkpoint.load_state(path)
-    for name in ("precision", "processes"):
-        del loaded.config["settings"][name]
-    state.pop("step")
-    older = dataclasses.replace(config, out=tmp_path / "older")
-    checkpoint.save(older.out, 2, loaded.weights, state, loaded.config, keep=1, prefix="")
-    assert finetune(older) == 0

@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 from rich.console import Console
 
-from atst_fast.train import checkpoint
+from atst_fast.train import checkpoint, mixup
 from atst_fast.train.config import UserError
 from atst_fast.train.distill import DistillRun
 from atst_fast.train.distributed import World, join
@@ -22,7 +22,15 @@ from atst_fast.train.finetune import FinetuneRun, finetune
 from atst_fast.train.labelled import LabelledBatches, Reader
 from atst_fast.train.probe import load_task
 from tests.tolerances import PROCESSES_RTOL
-from tests.train.test_finetune import distillation, scores, settings, untrained_clip, untrained_frame, write_tones
+from tests.train.test_finetune import (
+    AUDIOSET,
+    distillation,
+    scores,
+    settings,
+    untrained_clip,
+    untrained_frame,
+    write_tones,
+)
 from tests.train.tiny import assert_equal
 
 # Process 1 kills itself after step 3, once.
@@ -46,7 +54,7 @@ def step(self, number, *inputs):
 FinetuneRun.step = step
 sys.exit(main(sys.argv[1:]))
 """
-KINDS = ("clip", "frame", "distill")
+KINDS = ("clip", "frame", "distill", "mixed")
 
 
 def configs(folder):
@@ -55,7 +63,9 @@ def configs(folder):
     clip = settings(folder / "data", folder / "clip", folder / "one-clip", **plain)
     frame = settings(folder / "data", folder / "frame", folder / "one-frame", level="frame", **plain)
     student = dataclasses.replace(frame, level="clip", out=folder / "one-distill")
-    return {"clip": clip, "frame": frame, "distill": distillation(student, folder / "one-clip", project=8)}
+    distill = distillation(student, folder / "one-clip", project=8)
+    mixed = dataclasses.replace(clip, out=folder / "one-mixed", mixup=True, **AUDIOSET)
+    return {"clip": clip, "frame": frame, "distill": distill, "mixed": mixed}
 
 
 def halved(config):
@@ -71,7 +81,10 @@ def drawn(folder):
 def start(config, world):
     config.out.mkdir(exist_ok=True)
     kind = DistillRun if "distill" in config.out.name else FinetuneRun
-    return kind(config, world, Console(quiet=True)).train()
+    with pytest.MonkeyPatch.context() as m:
+        if "mixed" in config.out.name:  # each process draws its own crops
+            m.setattr(mixup, "resize_crop", lambda mel, *_: mel)
+        return kind(config, world, Console(quiet=True)).train()
 
 
 def one_of_two(rank, port, folder):
@@ -97,7 +110,7 @@ def one_of_two(rank, port, folder):
         FinetuneRun.step = real
         world.vote(0)  # what they said after the last step was to nobody
         codes.append(start(parts, world))
-    assert codes == [0, 0, 0, 0, 128 + signal.SIGTERM, 0]
+    assert codes == [0, 0, 0, 0, 0, 128 + signal.SIGTERM, 0]
 
 
 @pytest.fixture(scope="module")

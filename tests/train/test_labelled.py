@@ -1,11 +1,13 @@
 """Batches of labelled files: which part of a file, and what it is labelled with."""
 
 import numpy as np
+import pytest
 import soundfile
 import torch
 
+from atst_fast.train.config import UserError
 from atst_fast.train.features import Labelled
-from atst_fast.train.labelled import LabelledBatches, Reader, token_targets
+from atst_fast.train.labelled import LabelledBatches, Reader, balanced_weights, token_targets
 from atst_fast.train.metrics import Event
 from tests.train.conftest import tone
 
@@ -31,6 +33,64 @@ def test_batches_are_of_the_middle_or_of_a_random_part(tmp_path):
             assert targets.tolist() == want.tolist()
             starts.add(start)
     assert len(starts) > 8
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Eight files of a common label, two of a rare one, one of both and one of none."""
+    soundfile.write(tmp_path / "x.wav", tone(0.2), 16000)
+    labels = [("a",)] * 8 + [("b",)] * 2 + [("a", "b"), ()]
+    (tmp_path / "files").mkdir()
+    paths = [tmp_path / f"files/{i}.wav" for i in range(len(labels))]
+    for path in paths:
+        path.symlink_to(tmp_path / "x.wav")
+    return [Labelled(path, names, ()) for path, names in zip(paths, labels)]
+
+
+def test_weights_are_of_rare_labels(files):
+    a, b = 1000 / 9.01, 1000 / 3.01
+    np.testing.assert_allclose(balanced_weights(files), [a] * 8 + [b] * 2 + [a + b, 0])
+    with pytest.raises(UserError, match="--sampler balanced needs labels, and none of the files to train on has one"):
+        balanced_weights(files[-1:])
+
+
+def test_draws_are_balanced_and_any_number_of_processes_shares_them(files):
+    reader, weights = Reader(files, 1), balanced_weights(files)
+    whole = LabelledBatches(reader, ["a", "b"], 4, 1.0, seed=7, weights=weights, mixed=0.5)
+    halves = [
+        LabelledBatches(reader, ["a", "b"], 2, 1.0, 7, weights=weights, mixed=0.5, rank=r, world=2) for r in (0, 1)
+    ]
+    drawn = []
+    for step in range(500):
+        numbers = whole.numbers(step)
+        assert numbers == halves[0].numbers(step) + halves[1].numbers(step)
+        drawn += numbers
+        of, partners = whole.partners(step)
+        own = [half.partners(step) for half in halves]
+        assert (of, partners) == (own[0][0] + [k + 2 for k in own[1][0]], own[0][1] + own[1][1])
+    shares = np.bincount(drawn, minlength=12) / len(drawn)
+    np.testing.assert_allclose(shares, weights / weights.sum(), atol=0.035)  # four deviations of the largest
+    assert whole.per_epoch == halves[0].per_epoch == 3
+
+
+def test_partners_are_other_files(files):
+    batches, seen = LabelledBatches(Reader(files, 1), ["a", "b"], 4, 1.0, seed=7, mixed=0.5), set()
+    mixed = 0
+    for step in range(300):
+        numbers, (of, partners) = batches.numbers(step), batches.partners(step)
+        assert all(numbers[k] != partner for k, partner in zip(of, partners, strict=True))
+        seen |= {(numbers[k], partner) for k, partner in zip(of, partners)}
+        mixed += len(of)
+    assert mixed / 1200 == pytest.approx(0.5, abs=0.05)
+    assert len(seen) > 0.9 * 12 * 11
+    batch = batches.batch(1)
+    of, partners = batches.partners(1)
+    assert batch.partner_of.tolist() == of != []
+    assert len(batch.waveform) == len(batch.lengths) == len(batch.targets) == 4 + len(of)
+    assert batches.names(1) == [str(files[i].path) for i in batches.numbers(1) + partners]
+    want = [["a" in files[i].labels, "b" in files[i].labels] for i in batches.numbers(1) + partners]
+    assert batch.targets.tolist() == want
+    assert not LabelledBatches(Reader(files, 1), ["a", "b"], 4, 1.0, seed=7).batch(1).partner_of.numel()
 
 
 def test_targets_of_a_part():

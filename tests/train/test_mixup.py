@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from atst_fast.train.mixup import Mixup
+from atst_fast.train import mixup as mixup_module
+from atst_fast.train.mixup import FileMixup, Masks, Mixup
 from tests.train.tiny import assert_equal
 
 
 @pytest.fixture
 def plain(monkeypatch):
     """Without the crop."""
-    monkeypatch.setattr(Mixup, "_crop", lambda self, mel, lengths, seed: mel)
+    monkeypatch.setattr(mixup_module, "resize_crop", lambda mel, lengths, seed: mel)
 
 
 def batch(step, frames=(20, 20, 20), classes=5):
@@ -59,7 +60,7 @@ def test_a_batch_larger_than_the_bank(plain):
 
 def test_the_crop_is_in_both_axes(monkeypatch):
     """A ramp over the bands: a part of it, stretched, spans less of its range."""
-    monkeypatch.setattr(Mixup, "_mix", lambda self, mel, lengths, targets, draws: (mel.clone(), targets))
+    monkeypatch.setattr(Mixup, "_mix", lambda self, mel, lengths, targets, *_: (mel.clone(), targets))
     mixup, mel = Mixup(2, 0.5, seed=0), torch.linspace(1, 2, 64)[None, None, :, None].repeat(1, 1, 1, 40)
     spans, silent = [], 0
     for step in range(12):
@@ -123,6 +124,100 @@ def test_it_continues_where_it_stopped():
     assert_equal(steps(second, 3, 6), want[3:], "mixed")
 
 
+def test_as_many_clips_are_mixed_as_asked_for(plain):
+    mixup, whole = Mixup(4, 0.5, seed=1, prob=0.25), Mixup(4, 0.5, seed=1)
+    mixed = 0
+    for step in range(60):
+        mel, lengths, targets = batch(step)
+        (out, labels), (_, all_labels) = (m(mel, lengths, targets, step) for m in (mixup, whole))
+        alone = (labels == targets).all(1)
+        assert torch.equal(out[alone], mel[alone])
+        assert torch.equal(labels[~alone], all_labels[~alone])  # with the same partner, as much
+        mixed += int((~alone).sum())
+    assert mixed / 180 == pytest.approx(0.25, abs=0.1)  # three deviations
+
+
+def with_files(step, frames=(20, 30, 20, 20), partners=((0, 24), (2, 20), (3, 9))):
+    """Four clips and partners of three of them, all constant, and labels that say which constant."""
+    mel, lengths, targets = batch(step, (*frames, *(n for _, n in partners)))
+    return mel, lengths, targets, torch.tensor([of for of, _ in partners])
+
+
+def test_files_are_mixed_as_their_labels_are(plain):
+    shares = []
+    for step in range(40):
+        mel, lengths, targets, of = with_files(step)
+        out, labels = FileMixup(10.0, seed=1)(mel, lengths, targets, step, of)
+        assert out.shape == (4, 1, 8, 30)  # as long as the longest of the clips themselves
+        assert torch.equal(out[1], mel[1, ..., :30])
+        assert torch.equal(labels[1], targets[1])
+        for row in (0, 2):
+            torch.testing.assert_close(out[row, 0, :, :20], labels[row, :1].expand(8, 20), rtol=1e-5, atol=0)
+        changed = (out[3, 0, 0] != mel[3, 0, 0, :30]).nonzero().squeeze(1)
+        assert torch.equal(changed, torch.arange(9) + changed[0])
+        assert changed[-1] < 20
+        torch.testing.assert_close(out[3, 0, 0, changed], labels[3, :1].expand(9), rtol=1e-5, atol=0)
+        assert not out[0, ..., 20:].any()
+        shares += [((labels[k] - targets[n]) / (targets[k] - targets[n]))[0] for k, n in ((0, 4), (2, 5), (3, 6))]
+    shares = torch.stack(shares)
+    assert shares.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert shares.std().item() == pytest.approx(21**-0.5 / 2, abs=0.025)  # of Beta(10, 10)
+
+
+def test_two_processes_mix_and_mask_as_one(plain):
+    mel, lengths, targets, of = with_files(0, frames=(30, 20, 20, 25), partners=((0, 24), (1, 30), (3, 9)))
+    mel = mel + torch.rand(mel.shape) * (mel != 0)
+    whole, labels = FileMixup(0.5, 1, Masks(4, 9, 1))(mel, lengths, targets, 5, of)
+    for rank, rows, partners in ((0, [0, 1, 4, 5], [0, 1]), (1, [2, 3, 6], [1])):
+        place = {"rank": rank, "world": 2}
+        half = FileMixup(0.5, 1, Masks(4, 9, 1, **place), **place)
+        out, own = half(mel[rows], lengths[rows], targets[rows], 5, torch.tensor(partners))
+        clips = slice(2 * rank, 2 * rank + 2)
+        assert torch.equal(out, whole[clips, ..., : out.shape[3]])
+        assert torch.equal(own, labels[clips])
+
+
+def test_files_are_cropped_after_they_are_masked(monkeypatch):
+    """Partners are not; another step or seed is cropped otherwise."""
+    mel, lengths, targets, of = torch.randn(5, 1, 64, 40), torch.tensor([40, 40, 25, 40, 40]), torch.eye(5), [1]
+    mel[2, ..., 25:] = 0
+    seen = []
+    real = mixup_module.resize_crop
+    monkeypatch.setattr(mixup_module, "resize_crop", lambda *args: seen.append(args[0].clone()) or real(*args))
+    mixup = FileMixup(0.5, 1, Masks(8, 8, 1))
+    out = [mixup(mel.clone(), lengths, targets, step, torch.tensor(of))[0] for step in (0, 0, 1)]
+    assert torch.equal(out[0], out[1])
+    assert not torch.allclose(out[0], out[2])
+    assert out[0].shape == (4, 1, 64, 40)
+    assert not out[0][2, ..., 25:].any()
+    assert (seen[0][0, 0] == 0).all(0).any() or (seen[0][0, 0] == 0).all(1).any()
+
+
+def test_bands_are_masked_within_the_length():
+    widths, starts = [], []
+    lengths = torch.tensor([30, 12, 3])
+    for step in range(200):
+        mel = Masks(5, 10, seed=3)(torch.ones(3, 1, 8, 30), lengths, step)
+        for row, size in zip(mel[:, 0], lengths.tolist()):
+            bins, frames = (row == 0).all(1), (row == 0).all(0)
+            assert torch.equal(row == 0, bins[:, None] | frames)  # one band in each direction, nothing else
+            assert not frames[size:].any()
+            for band in (bins, frames):
+                at = band.nonzero().squeeze(1)
+                assert not len(at) or torch.equal(at, torch.arange(len(at)) + at[0])
+        widths.append([int((mel[0, 0] == 0).all(k).sum()) for k in (1, 0)])
+        starts += (mel[0, 0, 0] == 0).nonzero()[:1].flatten().tolist() * (widths[-1][1] > 0)
+    bins, frames = map(set, zip(*widths))
+    assert bins == set(range(5))
+    assert frames == set(range(10))
+    assert {min(starts), max(starts)} <= set(range(30))
+    assert max(starts) > 24
+    only = Masks(0, 10, seed=3)(torch.ones(3, 1, 8, 30), lengths, 0)
+    assert torch.equal(only[:, :, :1].expand_as(only), only)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="Mixup: alpha must be more than 0"):
         Mixup(3, 0, seed=0)
+    with pytest.raises(ValueError, match="FileMixup: alpha must be more than 0"):
+        FileMixup(0, seed=0)
