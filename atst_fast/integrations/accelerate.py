@@ -256,7 +256,7 @@ class _Search:
             self.entries.append(Entry(name, "loss", False, str(error)))
             return
         if views is not None:
-            found = FusedLoss, LossPlan(views)
+            found = FusedLoss, LossPlan(views, probe.described(module))
             note = "ops.frame_loss, if it agrees with the original on the first batch"
             self._flagged(name, "loss", "loss", module, lambda _: found, note)
 

@@ -55,9 +55,11 @@ def check_head(module: Any) -> None:
 
 
 class LossPlan(NamedTuple):
-    """``views``: whether rows of one view are compared with those of the other (``symmetric``, ``ncrops=2``)."""
+    """``views``: whether rows of one view are compared with those of the other (``symmetric``, ``ncrops=2``);
+    ``settings``: all attributes, for what has others may agree or not on its own."""
 
     views: bool
+    settings: tuple = ()
 
 
 class FusedLoss(Fused):

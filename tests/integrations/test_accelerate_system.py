@@ -71,6 +71,26 @@ def test_a_loss_that_differs_on_the_first_batch_is_kept(outputs):
     assert type(loss).agreed is False
 
 
+def test_losses_of_other_settings_are_compared_on_their_own(outputs):
+    """Also where the settings are private, as nothing here reads them."""
+
+    class Scaled(FrameByolLoss):
+        _scale = 1.0
+
+        def forward(self, student, teacher):
+            loss, *rest = super().forward(student, teacher)
+            return self._scale * loss, *rest
+
+    one, two = Scaled(True), Scaled(True)
+    two._scale = 2.0
+    want = two(*outputs)
+    for loss in (one, two):
+        assert accelerate(loss).replaced
+        got = loss(*outputs)
+    torch.testing.assert_close(got[0], want[0], rtol=0, atol=0)
+    assert (type(one).agreed, type(two).agreed) == (True, False)
+
+
 def test_a_loss_that_cannot_run_is_replaced(outputs):
     loss = Impossible(True)
     accelerate(loss)
