@@ -143,11 +143,11 @@ class FusedBlock(Fused):
 
     def is_fixed(self, x: Tensor) -> bool:
         """Whether no shape may depend on the draws of stochastic depth."""
-        if not self.plan.attention or not self.plan.rest or not self._is_plain():
+        if not self.plan.attention or not self.plan.rest or not self.draws_nothing():
             return True
         return are_shapes_fixed(x, self.fixed_shapes)
 
-    def _is_plain(self) -> bool:
+    def draws_nothing(self) -> bool:
         """Whether no layer within draws random numbers of its own, between those of stochastic depth."""
         roles = self.plan.roles
         return all(plain(at(self, path)) for path in (*roles.qkv, roles.proj, roles.fc1, roles.fc2))
@@ -171,22 +171,24 @@ class FusedBlock(Fused):
         select: FixedRows | None = None,
     ) -> Stream:
         """From stream to stream with the shapes of the arguments alone; with ``select`` it goes on with its rows."""
-        early = self._is_plain()
+        early = self.draws_nothing()
         of_attn = self.factor(0, stream.x) if early else None
         of_mlp = self.factor(1, stream.x) if early else None
         x, entering = stream.norm(at(self, self.plan.roles.norm1))
+        clips = x  # of which the factors are, also where x becomes the rows that are read
         if of_attn is not None and self.plan.attention:
             length = attended(length, torch.stack([of_attn, of_attn]), x.shape[1])
         y, bias = self._attention(entering, length, queries, select)
         if not early:
-            of_attn = self.factor(0, x)
+            of_attn = self.factor(0, clips)
         if select is not None:
             x = select.take_queries(x.flatten(0, 1))
             of_attn, of_mlp = (None if f is None else select.queries.per_row(f) for f in (of_attn, of_mlp))
         x, entering = self._stream(x, y, bias, of_attn).norm(at(self, self.plan.roles.norm2))
         y, bias = self._last(self._hidden(entering), self.plan.roles.fc2)
         if not early:
-            of_mlp = self.factor(1, x)
+            of_mlp = self.factor(1, clips)
+            of_mlp = of_mlp if of_mlp is None or select is None else select.queries.per_row(of_mlp)
         return self._stream(x, y, bias, of_mlp)
 
     def sequential(

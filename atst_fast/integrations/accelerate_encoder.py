@@ -143,10 +143,13 @@ class FusedEncoder(Fused):
         if length.is_floating_point() or not is_plain(norm, nn.LayerNorm) or not len(self.blocks):
             return False
         width = self.pos_embed.new_empty(1, 1, self.pos_embed.shape[-1])
-        blocks = list(self.blocks)
-        return all(
-            isinstance(b, FusedBlock) and not hooked(b) and b.plan.call.length and b.fuses(width) for b in blocks
-        )
+        for b in self.blocks:
+            if not isinstance(b, FusedBlock) or hooked(b) or not b.plan.call.length or not b.fuses(width):
+                return False
+            # of the rows that are read, a layer with a dropout of its own would draw fewer numbers than of all
+            if b.training and not b.draws_nothing():
+                return False
+        return True
 
     def _rows(self, x: Tensor, length: Tensor, read: Tensor, norm: nn.Module, count: int, full: bool) -> Tensor:
         """The ``count`` tokens under ``read`` bool ``[B, L]`` after the blocks and the norm. ``full``: whether it is

@@ -10,6 +10,7 @@ from atst_fast import accelerate, restore
 from atst_fast.integrations.accelerate_swap import is_fused
 from tests.integrations.standins import audiossl_blocks as audiossl
 from tests.integrations.standins import vit_blocks as vit
+from tests.integrations.standins.audiossl_encoders import FrameAST
 from tests.tolerances import NETWORK_RTOL
 
 D, H = 24, 3
@@ -109,6 +110,29 @@ def test_layers_that_are_more_than_linear_are_called(path, when):
         (entry,) = accelerate(block)
         assert f"called as they are: {path} (Lora)" in entry.note
     assert_close(outcome(block, x, torch.tensor([6, 2, 1, 4, 6])), want)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("path", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+def test_such_layers_in_an_encoder(path, when, training):
+    """What is dropped, and whose branch, is drawn as the original draws it, also where only some rows are read."""
+    torch.manual_seed(0)
+    encoder = FrameAST(embed_dim=D, depth=2, num_heads=H, spec_w=40, drop_path_rate=0.6)
+    mel, mask, length = torch.randn(4, 1, 64, 40), torch.rand(4, 10) < 0.5, torch.tensor([40, 20, 31, 8])
+    if when == "after":
+        accelerate(encoder)
+    for block in encoder.blocks:
+        parent, name = block.get_submodule(path.split(".")[0]), path.split(".")[1]
+        setattr(parent, name, Lora(getattr(parent, name)))
+        block.train(training).drop_path.train()  # stochastic depth in either case
+    if when == "before":
+        assert {e.part for e in accelerate(encoder).replaced} == {"encoder", "block"}
+    results = []
+    for one in (_plain(encoder), encoder):
+        torch.manual_seed(1)
+        results.append(one(mel, mask, length=length))
+    torch.testing.assert_close(*results, rtol=NETWORK_RTOL, atol=NETWORK_RTOL * float(results[0].abs().max()))
 
 
 def _plain(block):
