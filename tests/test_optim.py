@@ -270,6 +270,29 @@ def test_grad_scale(limit):
     assert_same(ours, theirs)
 
 
+def test_a_factor_below_zero_and_a_norm_near_nothing():
+    """What is compared with the limit is no sign; and the 1e-6 that torch adds to the norm counts where it is small."""
+    (ours, _), (theirs, _) = make([(40,)]), make([(40,)])
+    set_grads(ours, 0)
+    AdamWEMA(ours, max_grad_norm=0.01).step(grad_scale=-0.25)
+    theirs[0].grad = -0.25 * ours[0].grad
+    torch.nn.utils.clip_grad_norm_(theirs, 0.01)
+    AdamWEMA(theirs).step()
+    torch.testing.assert_close(ours, theirs, **TOLERANCE)
+    optimizer = AdamWEMA(ours, max_grad_norm=1e-6)
+    ours[0].grad = torch.zeros(40)
+    ours[0].grad[0] = 2e-6
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[ours[0]]["exp_avg"][0].item(), 0.1 * 2e-6 / 3, rtol=1e-4, atol=0)
+
+
+def test_a_state_dict_holds_plain_numbers():
+    optimizer = AdamWEMA(make()[0], momentum=torch.tensor(0.5))
+    assert type(optimizer.state_dict()["momentum"]) is float
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: {}}})
+    assert not optimizer.state[optimizer.param_groups[0]["params"][0]]
+
+
 def test_shadows_follow(isa):
     params, teacher = make()
     shadows = {x: torch.zeros_like(x, dtype=torch.bfloat16) for x in [*params[:3], *teacher[1:]]}

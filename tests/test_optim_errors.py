@@ -35,6 +35,7 @@ def with_mapping(name):
         "stranger": dict(shadows={torch.zeros(3): torch.zeros(3).bfloat16()}),
         "float_shadow": dict(shadows={p: torch.zeros(3)}),
         "teacher": dict(teacher={p: torch.zeros(4)}),
+        "student": dict(teacher={torch.zeros(3).double(): torch.zeros(3)}),
     }[name]
     return lambda: AdamWEMA([p], **given)
 
@@ -129,6 +130,11 @@ CASES = {
         load(decoupled_weight_decay=False),
         ValueError,
         "state_dict's decoupled_weight_decay of group 0 must be True",
+    ),
+    "student": (
+        with_mapping("student"),
+        TypeError,
+        "the parameter of teacher[0] must be float32, got float64 [3] on cpu",
     ),
     "loaded lr": (load(lr=math.nan), ValueError, "lr of group 0 must be finite and 0 or more, got float nan"),
 }

@@ -47,6 +47,24 @@ def test_the_encoder_is_ready_to_be_used(system, tmp_path):
     assert torch.equal(encoder(mel), system.teacher.encoder.eval()(mel))
 
 
+def test_heads_are_no_views_of_the_file(system, tmp_path):
+    both = torch.randn(10)
+    arguments = {"scales": torch.arange(3), "one": torch.tensor(2)}
+    state = system.teacher.encoder.state_dict() | {"head.a": both[:5], "head.b": both[5:]}
+    torch.save({"state_dict": state, "hyper_parameters": arguments}, tmp_path / "a.pt")
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    for name, want in (("head.a", both[:5]), ("head.b", both[5:])):
+        assert torch.equal(loaded.heads[name], want)
+        assert loaded.heads[name].untyped_storage().nbytes() == 5 * 4
+    assert loaded.config["hyper_parameters"] == {"scales": "tensor([0, 1, 2])", "one": 2}
+    assert atst_fast.inspect_checkpoint(tmp_path / "a.pt").container == "lightning"
+
+
+def test_one_patch_of_frames(bare):
+    encoder = load_checkpoint(bare(), pos_embed="cut", max_frames=4).encoder
+    assert (encoder.max_frames, encoder.pos_embed.shape[1]) == (4, 2)
+
+
 def test_weights_lie_in_memory_as_those_of_a_new_encoder(bare):
     """A file keeps the strides of what it was written from."""
 

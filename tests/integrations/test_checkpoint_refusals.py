@@ -40,12 +40,29 @@ def test_extra(bare):
     assert error.value.extra == ("prompt_embed",)
 
 
+@pytest.mark.parametrize("only", ["", "teacher."])
 @pytest.mark.parametrize("key", ["model.teacher.colour", "model.colour", "colour"])
-def test_extra_outside_of_the_encoder(system, tmp_path, key):
-    state = prefixed("model.", system.state_dict()) | {key: torch.zeros(2)}
+def test_extra_outside_of_the_encoder(system, tmp_path, key, only):
+    state = {k: v for k, v in system.state_dict().items() if k.startswith(only)}
+    state = prefixed("model.", state) | {key: torch.zeros(2)}
     lightning(tmp_path / "a.ckpt", state)
     with pytest.raises(CheckpointError, match=f"the teacher .*: 1 extra: {key}$"):
         load_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_a_frame_encoder_with_another_norm_is_no_clip_encoder(bare):
+    path = bare(lambda s: s.update({"norm.weight": torch.ones(64)}))
+    with pytest.raises(CheckpointError, match=r"it \(FrameEncoder .*\): 1 extra: norm\.weight$"):
+        load_checkpoint(path)
+
+
+def test_an_encoder_below_another_is_its_own(bare):
+    path = bare(lambda s: s.update({f"old.{k}": v for k, v in s.items()}))
+    with pytest.raises(CheckpointError, match=r"which='teacher' finds 2 encoders .* which holds: '', 'old\.'"):
+        load_checkpoint(path)
+    first, second = inspect_checkpoint(path).networks
+    assert first.parameters == second.parameters
+    assert first.fault is None
 
 
 def test_misshapen(bare):
@@ -254,6 +271,14 @@ def test_front_ends_that_are_none(system, tmp_path, front_end):
         tmp_path / "a.pt",
     )
     with pytest.raises(CheckpointError, match=r"a\.pt: its configuration (describes no front end|contradicts)"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_front_end_of_other_bands(system, tmp_path):
+    own = {"front_end": {"n_mels": 128}}
+    torch.save({"state_dict": system.teacher.encoder.state_dict(), "atst_fast": own}, tmp_path / "a.pt")
+    message = r"its configuration contradicts itself: 64 mel bands in the encoder, 128 in the front end"
+    with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path / "a.pt")
 
 

@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from atst_fast import CheckpointError, load_checkpoint
+from atst_fast import CheckpointError, inspect_checkpoint, load_checkpoint
 from atst_fast.models import ClipEncoder, FrameEncoder
-from atst_fast.models.pretrained import Pretrained
+from atst_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, Pretrained, read_safetensors, write_safetensors
 from tests.integrations.layouts import FRAMES, assert_same, moved
 
 pytest.importorskip("safetensors", reason="needs the extra train")
@@ -41,6 +41,8 @@ def test_load_checkpoint_reads_it(encoder, tmp_path):
     assert loaded.layout == "pretrained"
     assert loaded.method == ("clip" if isinstance(encoder, ClipEncoder) else "frame")
     assert (loaded.front_end["win_length"], loaded.front_end["minmax"]) == (640, (-1.0, 2.0))
+    (tmp_path / "more").mkdir()
+    assert inspect_checkpoint(tmp_path).size == sum((tmp_path / n).stat().st_size for n in (CONFIG_FILE, WEIGHTS_FILE))
     shorter = load_checkpoint(tmp_path, pos_embed="cut", max_frames=20)
     assert shorter.encoder.max_frames == 20
 
@@ -74,15 +76,33 @@ def test_refusals(encoder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=f"its config.json describes no {kind.__name__} .*colour"):
         kind.from_pretrained(tmp_path)
+    config["model"].pop("colour")
+    config["model"]["arch"]["num_heads"] = 0
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"its config.json describes no {kind.__name__} .*num_heads"):
+        kind.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json: its configuration is no JSON"):
         kind.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe")
     with pytest.raises(CheckpointError, match=r"cannot read .*config\.json"):
         kind.from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"has no config\.json, which save_pretrained writes"):
+        kind.from_pretrained(tmp_path)
+    (tmp_path / "config.json").rmdir()
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"has no model\.safetensors, which save_pretrained writes"):
         kind.from_pretrained(tmp_path)
+
+
+def test_tensors_that_share_their_memory(tmp_path):
+    """safetensors would refuse them."""
+    x = torch.randn(3, 4)
+    write_safetensors(tmp_path / "a", {"a": x, "b": x, "c": x.t(), "d": x[1]}, {})
+    assert_same(read_safetensors(tmp_path / "a")[0], {"a": x, "b": x, "c": x.t(), "d": x[1]})
 
 
 def test_without_safetensors(encoder, tmp_path, monkeypatch):
