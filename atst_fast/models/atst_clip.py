@@ -47,6 +47,8 @@ class ATSTClip(StudentTeacher):
         self, view1: Tensor, view2: Tensor, lengths1: Tensor | None, lengths2: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Both outputs, and how many of their rows count: all, or -1 where a length is out of range; None: all."""
+        for name, view in (("view1", view1), ("view2", view2)):
+            _checks.tensor(_NAME, name, view, "[B, 1, n_mels, T] (clips, 1, mel bins, frames)", dim=4)
         if view1.shape != view2.shape:
             _checks.fail(_NAME, "view2", f"of view1's shape {list(view1.shape)}", view2)
         lengths = _both(lengths1, lengths2, view1)

@@ -53,8 +53,13 @@ class ATSTFrame(StudentTeacher):
         self, view1: Tensor, view2: Tensor, lengths: Tensor | None, mask: Tensor, capacity: int | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Both outputs, and how many of their rows are no padding; None: all."""
+        for name, view in (("view1", view1), ("view2", view2)):
+            _checks.tensor(_NAME, name, view, "[B, 1, n_mels, T] (clips, 1, mel bins, frames)", dim=4)
         if view1.shape != view2.shape:
             _checks.fail(_NAME, "view2", f"of view1's shape {list(view1.shape)}", view2)
+        _checks.tensor(_NAME, "mask", mask, "[B, L] (clips, tokens)", dim=2, dtypes=(torch.bool,))
+        if lengths is not None:
+            _checks.tensor(_NAME, "lengths", lengths, "[B] (valid frames of each clip)", dim=1)
         if self.symmetric:
             view1 = view2 = torch.cat([view1, view2])
             lengths = None if lengths is None else lengths.repeat(2)

@@ -58,7 +58,7 @@ class KaldiFbank(Tables):
         settings = (sample_frequency, frame_length, low_freq, high_freq, num_mel_bins, window_type)
         super().__init__(("window", "fb"), make_tables, *settings, persistent=False)
         self.channel, self.sample_frequency, self.num_mel_bins = channel, sample_frequency, num_mel_bins
-        self.frame_shift = samples_of(sample_frequency, frame_shift)
+        self.frame_shift = samples_of(sample_frequency, "frame_shift", frame_shift)
         self.preemphasis_coefficient, self.remove_dc_offset = preemphasis_coefficient, remove_dc_offset
 
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -1,11 +1,15 @@
 """Error messages of the public functions: operator, argument, what was expected and what came."""
 
+import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+FINITE = sys.float_info.max  # a bound that leaves infinity out
 
 
 class Later:
@@ -50,6 +54,32 @@ def tensor(
 def is_integer(value: Any) -> bool:
     """Whether it is a whole number, or a size that a trace keeps symbolic."""
     return isinstance(value, int | torch.SymInt)
+
+
+def number(
+    op: str,
+    name: str,
+    value: Any,
+    expected: str | Later,
+    least: float = -math.inf,
+    most: float = math.inf,
+    *,
+    whole: bool = False,
+) -> None:
+    """Check that ``value`` is a number from ``least`` to ``most``, with ``whole`` an integer; ``expected`` says it in
+    words. Without bounds nobody looks at the value, which a trace may keep symbolic."""
+    kinds = (int, torch.SymInt) if whole else (int, float, torch.SymInt, torch.SymFloat)
+    # numbers of numpy have either method
+    if not isinstance(value, kinds) and not hasattr(type(value), "__index__" if whole else "__float__"):
+        fail(op, name, expected, value, TypeError)
+    if (least > -math.inf or most < math.inf) and not least <= value <= most:
+        fail(op, name, expected, value)
+
+
+def is_range(value: Any) -> bool:
+    """Whether these are two numbers, the smaller first."""
+    pair = isinstance(value, Sequence) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
+    return pair and value[0] < value[1]
 
 
 def readable(x: Tensor) -> bool:

@@ -42,8 +42,8 @@ def add_norm(
     plain PyTorch. Matches the residuals, DropPath and norms of audiossl/modules/transformer.py (Block).
 
     Raises:
-        TypeError: not a tensor, another dtype. ValueError: shapes or devices that do not fit, a negative eps, bias or
-        scale without y.
+        TypeError: another type or dtype. ValueError: shapes or devices that do not fit, a negative eps, bias or scale
+        without y.
     """
     _check(x, y, bias, scale, weight, norm_bias, eps)
     y, bias, weight, norm_bias = (_like(x, t) for t in (y, bias, weight, norm_bias))
@@ -81,8 +81,7 @@ def _check(x, y, bias, scale, weight, norm_bias, eps) -> None:
             _checks.fail(_OP, "scale", items, scale)
     if y is None and (bias is not None or scale is not None):
         _checks.fail(_OP, "y", "a tensor where bias or scale is given", None, ValueError)
-    if not 0 <= eps < float("inf"):
-        _checks.fail(_OP, "eps", "at least 0 and finite", eps)
+    _checks.number(_OP, "eps", eps, "at least 0 and finite", 0, _checks.FINITE)
     _checks.same_device(_OP, "x", x, y=y, bias=bias, scale=scale, weight=weight, norm_bias=norm_bias)
 
 

@@ -42,8 +42,7 @@ class MemoryBank:
     """
 
     def __init__(self, capacity: int = 2000):
-        if capacity < 1:
-            raise ValueError(f"MemoryBank: capacity must be at least 1 clip, got {capacity}")
+        _checks.number("MemoryBank", "capacity", capacity, "at least 1 clip", 1, whole=True)
         self.capacity = capacity
         self.mels: Tensor | None = None
         self.lengths = torch.zeros(capacity, dtype=torch.int64)
@@ -141,6 +140,9 @@ def draw_augment(
     every device. Nothing waits for a GPU that holds generator and bank, and a CUDA graph can hold it.
     Source: audiossl/methods/atstframe/transform.py, audiossl/transforms/byol_a.py.
     """
+    _check_options(bank, generator, mixup_ratio, canvas_scale, freq_scale, time_scale)
+    if len(shape) != 4:
+        _checks.fail("draw_augment", "shape", _AXES, shape)
     clips, _, bins, frames = shape
     filled = bank is not None and bank.mels is not None
     drawn_on = generator.device if generator is not None else bank.device if bank is not None else None
@@ -161,6 +163,21 @@ def draw_augment(
         w = (_between(time_scale, u_time) * frames).long().clamp(1, canvas[1])
         crop = [(u_bin * (canvas[0] + 1 - h)).long(), (u_frame * (canvas[1] + 1 - w)).long(), h, w]
     return AugmentDraws(partner, start, (mixup_ratio * u_alpha).float(), torch.stack(crop, 1), canvas)
+
+
+def _check_options(bank, generator, mixup_ratio, canvas_scale, freq_scale, time_scale) -> None:
+    op = "draw_augment"
+    for name, value, kind in (("bank", bank, MemoryBank), ("generator", generator, torch.Generator)):
+        if value is not None and not isinstance(value, kind):
+            _checks.fail(op, name, f"a {kind.__name__} or None", value, TypeError)
+    _checks.number(op, "mixup_ratio", mixup_ratio, "a number")
+    for name, pair in (("canvas_scale", canvas_scale), ("freq_scale", freq_scale), ("time_scale", time_scale)):
+        if pair is None and name == "freq_scale":
+            continue
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            _checks.fail(op, name, "two numbers", pair)
+        for value in pair:
+            _checks.number(op, name, value, "two numbers")
 
 
 def _draw_partners(bank: MemoryBank, u_partner: Tensor, u_start: Tensor, frames: int) -> tuple[Tensor, Tensor]:
@@ -198,16 +215,18 @@ def augment_views(
     that is still empty) makes the view of its clip NaN.
 
     Raises:
-        TypeError: another dtype. ValueError: a shape or draw out of range, tensors on different devices, or a mel that
-        requires a gradient.
+        TypeError: another type or dtype. ValueError: a shape or draw out of range, tensors on different devices, or a
+        mel that requires a gradient.
     """
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     _checks.tensor(_OP, "mel", mel, _AXES, dim=4, dtypes=dtypes)
+    _check_list("draws", draws, AugmentDraws)
     if mel.shape[1] != 1:
         _checks.fail(_OP, "mel", _AXES, mel)
     if mel.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{_OP}: mel must not require a gradient: augmentation has none; detach it first")
     banks = [None] * len(draws) if banks is None else banks
+    _check_list("banks", banks, MemoryBank)
     if len(banks) != len(draws):
         raise ValueError(f"{_OP}: banks must have an entry for each of the {len(draws)} draws, got {len(banks)}")
     full = mel.float().contiguous()
@@ -216,6 +235,15 @@ def augment_views(
         if d is not None and bank is not None:
             bank.push(full)
     return views
+
+
+def _check_list(name: str, values: object, kind: type) -> None:
+    # draws of one view are a tuple themselves
+    if isinstance(values, kind) or not isinstance(values, Sequence):
+        _checks.fail(_OP, name, f"a list of {kind.__name__} or None, one per view", type(values), TypeError)
+    for i, value in enumerate(values):
+        if value is not None and not isinstance(value, kind):
+            _checks.fail(_OP, f"{name}[{i}]", f"{kind.__name__} or None", value, TypeError)
 
 
 def _view(mel: Tensor, draws: AugmentDraws, bank: MemoryBank | None) -> Tensor:

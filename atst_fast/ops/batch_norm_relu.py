@@ -48,7 +48,7 @@ def batch_norm_relu(
     Matches the BatchNorm1d and ReLU of ``build_mlp`` in audiossl/methods/atstframe/byol.py.
 
     Raises:
-        TypeError: not a tensor, another dtype. ValueError: shapes or devices that do not fit, too few rows, eps or
+        TypeError: another type or dtype. ValueError: shapes or devices that do not fit, too few rows, eps or
         momentum out of range.
     """
     op = "batch_norm_relu"
@@ -57,8 +57,7 @@ def batch_norm_relu(
         if row is not None:
             _checks.row(op, name, row, "x", x, _DTYPES)
     for name, value, most in (("eps", eps, float("inf")), ("momentum", momentum, 1)):
-        if not 0 <= value <= most:
-            _checks.fail(op, name, f"from 0 to {most}", value)
+        _checks.number(op, name, value, f"from 0 to {most}", 0, most)
     args = x.contiguous(), weight.contiguous(), bias.contiguous()
     if count is not None or group is not None:
         out, moments = _Parts.apply(*args, count, eps, group)
@@ -86,6 +85,8 @@ def _check(op, x, weight, bias, count, group) -> None:
     for name, row in (("bias", bias), ("weight", weight)):
         _checks.row(op, name, row, "x", x, _DTYPES)
     _checks.count(op, count, "x", x)
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        _checks.fail(op, "group", "a ProcessGroup of torch.distributed, or None", group, TypeError)
 
 
 def _move(running_mean: Tensor | None, running_var: Tensor | None, moments: Tensor, momentum: float) -> None:

@@ -62,10 +62,11 @@ def add_branch(
     Matches the residuals, the biases before them and DropPath of audiossl/modules/transformer.py (Block).
 
     Raises:
-        TypeError: not a tensor, another dtype. ValueError: shapes or devices that do not fit, an item that x lacks.
+        TypeError: another type or dtype. ValueError: shapes or devices that do not fit, an item that x lacks.
     """
     op = "add_branch"
     _check(op, "x", x, bias)
+    _checks.number(op, "alpha", alpha, "a number")
     shape = list(x.shape)
     if kept is not None:
         _checks.tensor(op, "kept", kept, "[K], items along the first axis of x", dim=1, dtypes=(torch.int64,))

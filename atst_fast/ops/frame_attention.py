@@ -1,5 +1,6 @@
 """Attention over the frames of a batch of clips, on the packed output of the qkv layer."""
 
+import math
 from typing import Literal
 
 import torch
@@ -43,7 +44,8 @@ def frame_attention(
     most twice that of plain PyTorch in the same dtype. Matches audiossl/modules/transformer.py (Attention).
 
     Raises:
-        TypeError: another dtype. ValueError: a shape, length, head count, head dimension or mode that does not fit.
+        TypeError: another type or dtype. ValueError: a shape, length, head count, head dimension or mode that does not
+        fit.
     """
     op = "frame_attention"
     _checks.tensor(op, "qkv", qkv, "[B, L, 3*H*Dh] (clips, tokens, width)", dim=3, dtypes=_DTYPES)
@@ -126,10 +128,9 @@ def _head_dim(op: str, name: str, x: Tensor, parts: int, num_heads: int) -> int:
 
 
 def _scale(op: str, scale: float | None, head_dim: int) -> float:
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if not 0 < scale < float("inf"):
-        _checks.fail(op, "scale", "positive and finite", scale)
-    return scale
+    scale = head_dim**-0.5 if scale is None else scale
+    _checks.number(op, "scale", scale, "positive and finite", math.ulp(0.0), _checks.FINITE)
+    return float(scale)
 
 
 def _check_lengths(op: str, lengths: Tensor, qkv: Tensor) -> Tensor:

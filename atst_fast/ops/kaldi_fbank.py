@@ -1,10 +1,7 @@
 """Kaldi's log-mel filterbank of a batch of waveforms in one pass over the samples."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from atst_fast.ops import _autocast, _checks, _tables
 from atst_fast.ops._registry import register
@@ -92,7 +89,7 @@ def kaldi_fbank(
     Matches torchaudio.compliance.kaldi.fbank as ssast, ASiT and BEATs call it.
 
     Raises:
-        TypeError: waveform or lengths of another dtype. ValueError: a shape, length or setting out of range, or an
+        TypeError: an argument of another type or dtype. ValueError: a shape, length or setting out of range, or an
             argument whose value is not supported.
     """
     check_fixed(
@@ -108,12 +105,12 @@ def kaldi_fbank(
     )
     device = waveform.device if isinstance(waveform, Tensor) else _CPU
     settings = (sample_frequency, frame_length, low_freq, high_freq, num_mel_bins, window_type)
-    window, fb = (_traced_tables if torch.compiler.is_compiling() else tables)(*settings, device)
+    window, fb = tables(*settings, device=device)
     return kaldi_fbank_with(
         waveform,
         window,
         fb,
-        samples_of(sample_frequency, frame_shift),
+        samples_of(sample_frequency, "frame_shift", frame_shift),
         preemphasis=preemphasis_coefficient,
         remove_dc_offset=remove_dc_offset,
         channel=channel,
@@ -149,10 +146,9 @@ def kaldi_fbank_with(
         _checks.fail(_OP, "fb", "[n_fft // 2 + 1, num_mel_bins] with n_fft 512, 1024 or 2048", fb)
     if not 1 <= frame <= n_fft:
         _checks.fail(_OP, "window", f"[W] with 1 to n_fft ({n_fft}) values", window)
-    if not 1 <= frame_shift <= frame:
-        _checks.fail(_OP, "frame_shift", f"from 1 to {frame} samples, the length of a frame", frame_shift)
-    if not 0 <= preemphasis <= 1:
-        _checks.fail(_OP, "preemphasis_coefficient", "from 0 to 1", preemphasis)
+    expected = _checks.Later("from 1 to {} samples, the length of a frame", frame)
+    _checks.number(_OP, "frame_shift", frame_shift, expected, 1, frame, whole=True)
+    _checks.number(_OP, "preemphasis_coefficient", preemphasis, "from 0 to 1", 0, 1)
     if samples < frame:
         _checks.fail(_OP, "waveform", f"at least one frame of {frame} samples ({_AXES})", waveform)
     if lengths is not None:
@@ -168,33 +164,6 @@ def kaldi_fbank_with(
     return out.reshape(*waveform.shape[:-1], *out.shape[1:])
 
 
-@lru_cache(maxsize=32)
-def tables(
-    sample_frequency: float,
-    frame_length: float,
-    low_freq: float,
-    high_freq: float,
-    num_mel_bins: int,
-    window_type: str,
-    device: torch.device = _CPU,
-) -> tuple[Tensor, Tensor]:
-    """Window ``[W]`` and triangles ``[n_fft // 2 + 1, num_mel_bins]``, float32; checked settings.
-
-    Do not write into the tensors: they are cached, per device.
-    """
-    # made of ordinary tensors whatever mode the first caller is in: inference, fake tensors, another default device
-    with torch.inference_mode(False), _disable_current_modes():
-        window, fb = make_tables(sample_frequency, frame_length, low_freq, high_freq, num_mel_bins, window_type)
-        return window.to(device), fb.to(device)
-
-
-_traced_tables = _tables.operator(
-    "kaldi_fbank_tables(float sample_frequency, float frame_length, float low_freq, float high_freq, int num_mel_bins,"
-    " str window_type, Device device) -> (Tensor window, Tensor fb)",
-    tables,
-)
-
-
 def make_tables(
     sample_frequency: float,
     frame_length: float,
@@ -203,8 +172,10 @@ def make_tables(
     num_mel_bins: int,
     window_type: str,
 ) -> tuple[Tensor, Tensor]:
-    """New ones that may be written into, on the CPU, in the modes that the caller is in."""
-    frame = samples_of(sample_frequency, frame_length)
+    """Window ``[W]`` and triangles ``[n_fft // 2 + 1, num_mel_bins]``, float32, on the CPU; checked settings."""
+    frame = samples_of(sample_frequency, "frame_length", frame_length)
+    for name, value in (("low_freq", low_freq), ("high_freq", high_freq)):
+        _checks.number(_OP, name, value, "a number of Hz")
     n_fft = 1 << max(frame - 1, 0).bit_length()
     if n_fft not in _SIZES:
         expected = f"257 to 2048 samples at {sample_frequency} Hz, in milliseconds"
@@ -215,14 +186,22 @@ def make_tables(
     if not 0 <= low_freq < (high_freq if high_freq > 0 else high_freq + nyquist) <= nyquist:
         expected = f"0 <= low_freq < high_freq <= {nyquist} Hz (a high_freq of 0 or less counts from there)"
         raise ValueError(f"{_OP}: low_freq and high_freq must satisfy {expected}, got {low_freq} and {high_freq}")
-    if not _checks.is_integer(num_mel_bins) or num_mel_bins < 4:
-        _checks.fail(_OP, "num_mel_bins", "a whole number, at least 4", num_mel_bins)
+    _checks.number(_OP, "num_mel_bins", num_mel_bins, "a whole number, at least 4", 4, whole=True)
     window = reference.window_function(window_type, frame)
     return window, reference.filterbank(n_fft, sample_frequency, low_freq, high_freq, num_mel_bins)
 
 
-def samples_of(sample_frequency: float, milliseconds: float) -> int:
-    """How many samples that takes, rounded down, in torchaudio's order of operations."""
+tables = _tables.cached(
+    "kaldi_fbank_tables(float sample_frequency, float frame_length, float low_freq, float high_freq, int num_mel_bins,"
+    " str window_type, Device device) -> (Tensor window, Tensor fb)",
+    make_tables,
+)
+
+
+def samples_of(sample_frequency: float, name: str, milliseconds: float) -> int:
+    """How many samples the argument of that ``name`` is, rounded down, in torchaudio's order of operations."""
+    for argument, value, unit in (("sample_frequency", sample_frequency, "Hz"), (name, milliseconds, "milliseconds")):
+        _checks.number(_OP, argument, value, f"a number of {unit}")
     samples = sample_frequency * milliseconds * 0.001
     if not abs(samples) < 2**31:
         given = sample_frequency, milliseconds
@@ -241,8 +220,7 @@ def _channel(waveform: Tensor, channel: int) -> Tensor:
     expected = "[C, N] (channels, samples) when channel is given"
     if waveform.dim() != 2:
         _checks.fail(_OP, "waveform", expected, waveform)
-    if not _checks.is_integer(channel):
-        _checks.fail(_OP, "channel", "a whole number or None", channel, TypeError)
+    _checks.number(_OP, "channel", channel, "a whole number or None", whole=True)
     if max(channel, 0) >= waveform.shape[0]:
         _checks.fail(_OP, "channel", f"less than the {waveform.shape[0]} channels of waveform", channel)
     return waveform[max(channel, 0)]

@@ -1,10 +1,7 @@
 """Waveform to normalised log-mel in one pass over the samples."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from atst_fast.ops import _autocast, _checks, _tables
 from atst_fast.ops._registry import register
@@ -63,11 +60,10 @@ def log_mel(
     Matches audiossl/methods/atstframe/transform.py (torchaudio MelSpectrogram, AmplitudeToDB, MinMax).
 
     Raises:
-        TypeError: waveform, lengths or dtype of another dtype. ValueError: a shape, length or setting out of range.
+        TypeError: an argument of another type or dtype. ValueError: a shape, length or setting out of range.
     """
     device = waveform.device if isinstance(waveform, Tensor) else _CPU
-    settings = (sample_rate, n_fft, win_length, f_min, f_max, n_mels)
-    window, fb = (_traced_tables if torch.compiler.is_compiling() else tables)(*settings, device)
+    window, fb = tables(sample_rate, n_fft, win_length, f_min, f_max, n_mels, device=device)
     return log_mel_with(waveform, window, fb, hop_length, top_db=top_db, minmax=minmax, lengths=lengths, dtype=dtype)
 
 
@@ -118,46 +114,28 @@ def log_mel_with(
     return out.reshape(*waveform.shape[:-1], *out.shape[1:]).to(dtype)
 
 
-@lru_cache(maxsize=32)
-def tables(
-    sample_rate: int,
-    n_fft: int,
-    win_length: int | None,
-    f_min: float,
-    f_max: float,
-    n_mels: int,
-    device: torch.device = _CPU,
-) -> tuple[Tensor, Tensor]:
-    """Periodic Hann window ``[win_length]`` and HTK triangles ``[n_fft // 2 + 1, n_mels]``, float32; checked settings.
-
-    Do not write into the tensors: they are cached, per device.
-    """
-    # made of ordinary tensors whatever mode the first caller is in: inference, fake tensors, another default device
-    with torch.inference_mode(False), _disable_current_modes():
-        window, fb = make_tables(sample_rate, n_fft, win_length, f_min, f_max, n_mels)
-        return window.to(device), fb.to(device)
-
-
-_traced_tables = _tables.operator(
-    "log_mel_tables(int sample_rate, int n_fft, int? win_length, float f_min, float f_max, int n_mels, Device device)"
-    " -> (Tensor window, Tensor fb)",
-    tables,
-)
-
-
 def make_tables(
     sample_rate: int, n_fft: int, win_length: int | None, f_min: float, f_max: float, n_mels: int
 ) -> tuple[Tensor, Tensor]:
-    """New ones that may be written into, on the CPU, in the modes that the caller is in."""
+    """Periodic Hann window ``[win_length]`` and HTK triangles ``[n_fft // 2 + 1, n_mels]``, float32, on the CPU; the
+    settings are checked."""
     win_length = n_fft if win_length is None else win_length
     _check_settings(n_fft, win_length, 1, None, None, torch.float32)
+    for name, value in (("sample_rate", sample_rate), ("f_min", f_min), ("f_max", f_max)):
+        _checks.number(_OP, name, value, "a number of Hz")
     if not 0 <= f_min < f_max <= sample_rate / 2:
         expected = f"0 <= f_min < f_max <= sample_rate / 2 = {sample_rate / 2} Hz"
         raise ValueError(f"{_OP}: f_min and f_max must satisfy {expected}, got {f_min} and {f_max}")
-    if n_mels < 1:
-        _checks.fail(_OP, "n_mels", "at least 1", n_mels)
+    _checks.number(_OP, "n_mels", n_mels, "at least 1", 1, whole=True)
     window = torch.hann_window(win_length, periodic=True, dtype=torch.float32, device="cpu")
     return window, reference.filterbank(n_fft, sample_rate, f_min, f_max, n_mels)
+
+
+tables = _tables.cached(
+    "log_mel_tables(int sample_rate, int n_fft, int? win_length, float f_min, float f_max, int n_mels, Device device)"
+    " -> (Tensor window, Tensor fb)",
+    make_tables,
+)
 
 
 def _padded(window: Tensor, n_fft: int) -> Tensor:
@@ -172,15 +150,15 @@ def _floor_group(shape: torch.Size) -> int:
 
 
 def _check_settings(n_fft, win_length, hop_length, top_db, minmax, dtype) -> None:
+    _checks.number(_OP, "n_fft", n_fft, "512, 1024 or 2048", whole=True)
     if n_fft not in (512, 1024, 2048):
         _checks.fail(_OP, "n_fft", "512, 1024 or 2048", n_fft)
-    if not 1 <= win_length <= n_fft:
-        _checks.fail(_OP, "win_length", f"from 1 to n_fft ({n_fft})", win_length)
-    if not 1 <= hop_length <= n_fft:
-        _checks.fail(_OP, "hop_length", f"from 1 to n_fft ({n_fft})", hop_length)
-    if top_db is not None and not top_db >= 0:
-        _checks.fail(_OP, "top_db", "0 or more, or None", top_db)
-    if minmax is not None and not minmax[0] < minmax[1]:
+    expected = _checks.Later("from 1 to n_fft ({})", n_fft)
+    _checks.number(_OP, "win_length", win_length, expected, 1, n_fft, whole=True)
+    _checks.number(_OP, "hop_length", hop_length, expected, 1, n_fft, whole=True)
+    if top_db is not None:
+        _checks.number(_OP, "top_db", top_db, "0 or more, or None", 0)
+    if minmax is not None and not _checks.is_range(minmax):
         _checks.fail(_OP, "minmax", "two dB values, the smaller first, or None", minmax)
     if dtype not in _DTYPES:
         _checks.fail(_OP, "dtype", "float32, float16 or bfloat16", dtype, TypeError)

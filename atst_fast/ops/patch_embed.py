@@ -1,5 +1,7 @@
 """Spectrogram to tokens: patches, linear layer, mask token and position in one operator."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -88,7 +90,7 @@ def patch_embed(
 def _pair(name: str, value) -> tuple[int, int]:
     if isinstance(value, int):
         value = (value, value)
-    if len(value) != 2 or not all(isinstance(v, int) and v > 0 for v in value):
+    if not isinstance(value, Sequence) or len(value) != 2 or not all(isinstance(v, int) and v > 0 for v in value):
         _checks.fail(_OP, name, "two positive integers (mel bins, frames)", value)
     return tuple(value)
 

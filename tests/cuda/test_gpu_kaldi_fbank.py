@@ -41,7 +41,7 @@ def test_devices_are_not_mixed():
 
 
 def test_opcheck():
-    window, fb = tables(16000, 25.0, 20.0, 0.0, 23, "povey", torch.device("cuda"))
+    window, fb = tables(16000, 25.0, 20.0, 0.0, 23, "povey", device=torch.device("cuda"))
     x = torch.randn(2, 1000, device="cuda")
     torch.library.opcheck(torch.ops.atst_fast.kaldi_fbank.default, (x, window, fb, None, 160, 0.97, True))
 

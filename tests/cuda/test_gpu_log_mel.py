@@ -78,7 +78,7 @@ def test_devices_are_not_mixed():
 
 
 def test_opcheck_and_compile():
-    window, fb = tables(16000, 512, None, 60.0, 7800.0, 64, torch.device("cuda"))
+    window, fb = tables(16000, 512, None, 60.0, 7800.0, 64, device=torch.device("cuda"))
     x = torch.randn(2, 1000, device="cuda")
     torch.library.opcheck(torch.ops.atst_fast.log_mel.default, (x, window, fb, None, 160, 80.0, 1.0, 0.0, 1))
     module = nn.LogMelSpectrogram().cuda()

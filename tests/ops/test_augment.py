@@ -188,7 +188,7 @@ def test_bank_keeps_its_state():
     assert empty.mels is None
     with pytest.raises(ValueError, match="another capacity than 2"):
         MemoryBank(2).load_state_dict(bank.state_dict())
-    with pytest.raises(ValueError, match="capacity must be at least 1 clip, got 0"):
+    with pytest.raises(ValueError, match="capacity must be at least 1 clip, got int 0"):
         MemoryBank(0)
     with pytest.raises(ValueError, match="mel must have the 8 mel bins of the bank, got 4"):
         bank.push(torch.zeros(1, 1, 4, 5))
