@@ -30,8 +30,12 @@ class Head(nn.Sequential):
         """``count``: a scalar on the device of x; rows from there on are padding (``ops.batch_norm_relu``). They must
         be numbers all the same, for the gradient of the first layer is a product of them and zeros."""
         norm = self[1]
-        plain = norm.training and norm.affine and norm.momentum is not None
-        if plain and (type(norm) is nn.BatchNorm1d or type(norm) is nn.SyncBatchNorm):
+        if (
+            (type(norm) is nn.BatchNorm1d or type(norm) is nn.SyncBatchNorm)
+            and norm.training
+            and norm.affine
+            and norm.momentum is not None
+        ):
             return self[3](batch_norm_relu(norm, self[0](x), count))
         if norm.training and count is not None:
             raise ValueError(f"Head: {norm} takes no count: its statistics would be those of the padding too")

@@ -7,6 +7,7 @@ import torch
 from atst_fast.integrations import load_checkpoint
 from atst_fast.integrations.embedding import Embedder
 from atst_fast.integrations.mel_stream import floor_and_scale, stream_decibels
+from atst_fast.integrations.spans import official_clip
 from atst_fast.models import ClipEncoder, FrameEncoder
 from atst_fast.nn import LogMelSpectrogram
 from tests.golden import assert_golden, load
@@ -241,6 +242,19 @@ def test_options_out_of_range_are_refused(options, message):
 def test_something_else_is_no_encoder():
     with pytest.raises(TypeError, match=r"Embedder: encoder must be a FrameEncoder or a ClipEncoder, got a Linear$"):
         Embedder(torch.nn.Linear(2, 2))
+
+
+def test_a_token_stands_for_its_patch_and_the_hop_of_the_front_end():
+    assert Embedder(encoder(patch=(64, 8))).hop_ms == 80
+    assert Embedder(encoder(), {"hop_length": 320}).hop_ms == 80
+    assert Embedder(encoder(), {"sample_rate": 32000, "hop_length": 320}).hop_ms == 40
+
+
+@pytest.mark.parametrize("frames, starts", [(50, [0]), (101, [0]), (151, [0]), (152, [0, 101]), (202, [0, 101])])
+def test_the_official_chunks_of_a_clip_are_more_than_half_full(frames, starts):
+    spans = official_clip(frames, 4, 101)
+    assert [span.start for span in spans] == starts
+    assert [span.share for span in spans] == [1 / len(starts)] * len(starts)
 
 
 def test_longer_chunks_need_interpolated_positions():

@@ -173,6 +173,9 @@ def test_errors(frame_encoder, features):
         features(frame_encoder, mel, torch.tensor([101]))
     with pytest.raises(ValueError, match=rf"{name}: lengths must be .*got list \[102, 1\]"):
         features(frame_encoder, mel, torch.tensor([102, 1]))
+    with pytest.raises(ValueError, match=rf"{name}: lengths must be .*got list \[-1, 1\]"):
+        features(frame_encoder, mel, torch.tensor([-1, 1]))
+    assert features(frame_encoder, mel, chunk_frames=4).isfinite().all()
     with pytest.raises(TypeError, match=f"{name}: lengths must be"):
         features(frame_encoder, mel, torch.tensor([101.0, 1.0]))
 

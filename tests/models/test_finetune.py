@@ -1,5 +1,7 @@
 """Fine-tuned encoders and ATST-C2F against the official training step, and what their options do."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from atst_fast.models import (
     layer_scales,
     tagging_loss,
 )
+from atst_fast.models.heads import Head
 from atst_fast.train.schedule import cosine_schedule
 from tests.golden import assert_golden, load
 from tests.tolerances import OTHER_ORDER, SCHEDULE_RTOL
@@ -141,6 +144,16 @@ def test_frame_level(kind):
     assert student(torch.randn(2, 1, 64, 246)).label.shape == (2, 61, 5)
 
 
+def test_no_graph_leads_to_the_teacher():
+    system = Distilled(FineTuned(ClipEncoder(SIZE), 3), FrameEncoder(SIZE))
+    out = system(torch.randn(2, 1, 64, 100, requires_grad=True))
+    assert (out.teacher.requires_grad, out.label.requires_grad) == (False, True)
+    assert not any(p.requires_grad for p in system.teacher.parameters())
+    logits = DistilledLogits(*(torch.randn(2, 3, requires_grad=True) for _ in range(3)))
+    distill_loss(logits, torch.rand(2, 3)).loss.backward()  # nor does the loss train one that has a graph
+    assert [x.grad is not None for x in logits] == [True, True, False]
+
+
 def test_what_is_configured_is_used():
     """The scale of long clips' means, and the student's chunks."""
     encoder, mel = ClipEncoder(SIZE, max_frames=101).eval(), torch.randn(1, 1, 64, 180)
@@ -148,6 +161,11 @@ def test_what_is_configured_is_used():
     models = [FineTuned(encoder, 3, scale_bug=bug).eval() for bug in (True, False)]
     models[1].head.load_state_dict(models[0].head.state_dict())
     assert not torch.allclose(*(model(mel, lengths) for model in models))
+    config = {"classes": 3, "level": "clip", "chunk_frames": 101, "scale_bug": False}
+    assert models[1].config == config
+    again = FineTuned(encoder, **config).eval()
+    again.load_state_dict(models[1].state_dict())
+    assert torch.equal(again(mel, lengths), models[1](mel, lengths))
     student = FrameEncoder(SIZE)
     system = Distilled(FineTuned(ClipEncoder(SIZE), 3), student, chunk_frames=101).eval()
     assert system.tagger.chunk_frames == 101
@@ -211,6 +229,20 @@ def test_targets_and_valid_rows():
     assert distill_loss(soft, y, "ce", hard_labels=False).label == tagging_loss(soft.label, y, "ce")
     wanted = F.binary_cross_entropy_with_logits(soft.label, F.one_hot(y.argmax(-1), 3).float())
     torch.testing.assert_close(tagging_loss(soft.label, y.argmax(-1)), wanted)
+
+
+def test_a_head_without_weights_of_its_norm():
+    """Somebody has replaced it: torch's own computes it."""
+    head, x = Head(4, 6, 2), torch.randn(5, 4)
+    for norm in (nn.BatchNorm1d(6, affine=False), nn.BatchNorm1d(6, momentum=None), nn.LayerNorm(6)):
+        head[1] = norm
+        want = head[3](copy.deepcopy(norm)(head[0](x)).relu())
+        torch.testing.assert_close(head(x), want, rtol=0, atol=OTHER_ORDER)
+        with pytest.raises(ValueError, match=r"Head: .*Norm.* takes no count: its statistics"):
+            head(x, torch.tensor(3))
+    untracked = nn.BatchNorm1d(6, track_running_stats=False)
+    head[1] = untracked
+    torch.testing.assert_close(head(x), head[3](untracked(head[0](x)).relu()), rtol=0, atol=OTHER_ORDER)
 
 
 def test_errors():

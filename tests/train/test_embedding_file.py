@@ -76,6 +76,43 @@ def test_files_come_back_in_order(tmp_path, rows, parts, suffix, block, monkeypa
     np.testing.assert_array_equal(embeddings, np.concatenate(list(parts.values())))
 
 
+def test_rows_wider_than_a_block_come_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding_file, "_BLOCK", 2)
+    with Rows(tmp_path, 3) as rows:
+        rows.add(0, 0, values(2))
+        assert [(b.first, len(b.values)) for b in rows.blocks()] == [(0, 1), (1, 1)]
+
+
+def test_rows_can_be_added_after_they_were_read(tmp_path):
+    with Rows(tmp_path, 3) as rows:
+        rows.add(0, 0, values(2))
+        next(rows.blocks())  # which leaves the file in its middle
+        rows.add(1, 0, values(3, seed=1)[::-1])  # not contiguous
+        np.testing.assert_array_equal(list(rows.blocks())[1].values, values(3, seed=1)[::-1])
+        assert rows.counts() == {0: 2, 1: 3}
+
+
+def test_the_tensors_of_a_safetensors_file_are_aligned(tmp_path, rows):
+    for name in ("", "x", "xy", "xyz"):
+        path = tmp_path / "out.safetensors"
+        write(path, rows, NAMES, ABOUT | {"more": name})
+        assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+
+
+def test_scenes_in_parquet_have_no_times_and_come_in_groups(tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra parquet")
+    monkeypatch.setattr(embedding_file, "_BLOCK", 6)  # two rows
+    with Rows(tmp_path, 3) as rows:
+        for file in range(5):
+            rows.add(file, 0, values(1, seed=file))
+        write(tmp_path / "out.parquet", rows, list("abcde"), {"kind": "scene"})
+    file = parquet.ParquetFile(tmp_path / "out.parquet")
+    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [2, 2, 1]
+    table = file.read()
+    assert table["file"].to_pylist() == list("abcde")
+    assert table["ms"].to_pylist() == [0.0] * 5
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_an_error_leaves_what_was_there(tmp_path, rows, suffix, monkeypatch):
     if suffix == "parquet":

@@ -96,6 +96,48 @@ def test_partners_of_other_lengths_are_mixed_where_they_overlap(plain):
     assert len(shapes) > 3
 
 
+@pytest.mark.parametrize("frames", [(12, 13), (13, 12)])
+def test_every_place_of_a_partner_is_drawn(plain, frames):
+    """Ramps over time; the places are 0 and 1, of the shorter clip on the longer one and of the part of it."""
+    mixup, places = Mixup(1, 50.0, seed=0), set()  # the partner is the clip before
+    ramp = torch.arange(13.0)
+    for step in range(12):
+        mel = torch.zeros(2, 1, 2, 13)
+        for row, n in zip(mel, frames):
+            row[..., :n] = ramp[:n]
+        out, labels = mixup(mel, torch.tensor(frames), torch.eye(2), step)
+        own, share = frames[1], labels[1, 1]
+        assert 0.2 < share < 0.8
+        if own == 13:  # the other one covers all but the first or the last frame
+            place = int(out[1, 0, 0, -1] != mel[1, 0, 0, -1])
+            want = mel[1, 0, 0].clone()
+            want[place : place + 12] = share * want[place : place + 12] + (1 - share) * ramp[:12]
+        else:
+            place = int(((out[1, 0, 0, 0]) / (1 - share)).round())
+            want = share * ramp[:12] + (1 - share) * ramp[place : place + 12]
+            want = torch.nn.functional.pad(want, (0, 1))
+        torch.testing.assert_close(out[1, 0, 0], want)
+        places.add(place)
+    assert places == {0, 1}
+
+
+def test_lengths_of_a_batch_larger_than_the_bank(plain):
+    """Those of the clips that are kept: the partner of the next clip is the last one, of 12 frames."""
+    mixup = Mixup(1, 50.0, seed=0)
+    for step in range(8):
+        mixup(*batch(step, (30, 30, 12)), step)
+        mel, lengths, targets = torch.zeros(1, 1, 8, 30), torch.tensor([30]), torch.zeros(1, 5)
+        changed = mixup(mel, lengths, targets, 100 + step)[0][0, 0, 0].nonzero().squeeze(1)
+        assert torch.equal(changed, torch.arange(12) + changed[0])
+
+
+def test_each_clip_is_cropped_once(monkeypatch):
+    parts = []
+    monkeypatch.setattr(mixup_module, "augment_views", lambda mel, draws: parts.append(mel.shape) or [mel])
+    Mixup(2, 0.5, seed=0)(torch.randn(3, 1, 64, 40), torch.tensor([40, 25, 40]), torch.eye(3), 3)
+    assert parts == [(1, 1, 64, 25), (2, 1, 64, 40)]
+
+
 def test_the_crop_keeps_lengths_and_padding():
     mel, lengths, targets = torch.randn(3, 1, 64, 40), torch.tensor([40, 25, 40]), torch.eye(3)
     mel[1, ..., 25:] = 0
