@@ -47,7 +47,7 @@ class PretrainConfig:
     data: Path
     """folder of audio files (searched recursively), or what `atst-fast pack` made of one"""
     out: Path
-    """folder of the run: configuration, logs and checkpoints"""
+    """folder of the run: configuration, logs and checkpoints; for torchrun on several machines one that they share"""
     method: Literal["frame", "clip"] = "frame"
     """ATST-Frame, which predicts masked patches, or ATST-Clip, which predicts one crop of a clip from another"""
     arch: Literal["tiny", "small", "base"] = "small"

@@ -69,6 +69,14 @@ class World:
         dist.gather_object(items, parts, dst=0, group=self._hosts)
         return [item for part in parts or () for item in part]
 
+    def tell(self, item: Any) -> Any:
+        """What the first process gives, in all of them."""
+        if self._hosts is None:
+            return item
+        items = [item]
+        dist.broadcast_object_list(items, src=0, group=self._hosts)
+        return items[0]
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self._hosts is not None:

@@ -20,7 +20,8 @@ class FinetuneConfig:
     checkpoint: Path
     """the pretrained encoder: folder of a run (its last checkpoint), or a checkpoint"""
     out: Path
-    """folder of the run: configuration, log, checkpoints and scores"""
+    """folder of the run: configuration, log, checkpoints and scores; for torchrun on several machines one that they
+    share"""
     data: Path = Path("demo_data")
     """folder with train.jsonl and test.jsonl: {"file", "labels", "events": [{"label", "onset", "offset"}]} per line"""
     level: Literal["clip", "frame"] = "clip"

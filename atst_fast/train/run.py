@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import secrets
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,38 @@ def execute(kind: Callable[[Any, World, Console], Any], config: Any) -> int:
     with join(config.device) as world:
         make_folder(config.out)
         with only_one(config.out) if world.first else contextlib.nullcontext():
-            world.wait()
+            one_folder(world, config.out)
             return kind(config, world, Console(stderr=True, quiet=not world.first)).train()
+
+
+def one_folder(world: World, folder: Path, patience: float = 10.0) -> None:
+    """Wait for all processes, and raise UserError in all of them unless the folder is one and the same for each: its
+    checkpoints are written by all, and read again by all. ``patience``: seconds that a network may take to show what
+    another machine has written."""
+    if world.size == 1:
+        return
+    path, token = folder / ".shared", world.tell(secrets.token_hex(8))
+    try:
+        if world.first:
+            with explain(f"write into {folder}"):
+                path.write_text(token)
+        world.wait()
+        until = time.monotonic() + patience
+        while not (seen := _reads(path) == token) and time.monotonic() < until:
+            time.sleep(0.1)
+        if world.largest(int(not seen)):
+            here = "" if seen else f"; process {world.rank} does not see what the first one writes there"
+            raise UserError(f"--out must be a folder that all machines share, got {folder}{here}")
+    finally:
+        if world.first:
+            path.unlink(missing_ok=True)
+
+
+def _reads(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
 
 
 def write_record(out: Path, record: dict[str, Any]) -> None:

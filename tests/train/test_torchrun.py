@@ -11,7 +11,7 @@ from rich.console import Console
 
 from atst_fast.models import ATSTClip
 from atst_fast.models.encoder import ARCHS
-from atst_fast.train import checkpoint, distributed, pretrain
+from atst_fast.train import checkpoint, distributed, pretrain, run
 from atst_fast.train.config import UserError
 from atst_fast.train.distributed import World, join
 from tests.train.conftest import write_clips
@@ -38,10 +38,11 @@ pretrain.Stepper.__call__ = step
 """
 
 
-def torchrun(config, program, *, processes=2, restarts=0):
+def torchrun(config, program, *, processes=2, restarts=0, out=None):
     words = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts), str(program)]
+    options = [out if out and word == str(config.out) else word for word in command(config)[3:]]
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words, *command(config)[3:]],
+        [sys.executable, "-m", "torch.distributed.run", *words, *options],
         capture_output=True,
         text=True,
         timeout=300,
@@ -121,6 +122,46 @@ def test_atst_clip_in_two_processes(clips, tmp_path):
     weights, _ = final(config)
     pair = [weights[f"model.{who}.encoder.mask_embed"] for who in ("student", "teacher")]
     assert torch.equal(*pair)
+
+
+class Alone(World):
+    """Process ``rank`` of two, whose other one agrees with it; ``said`` is what the first one tells."""
+
+    def __init__(self, rank, said="a token"):
+        super().__init__(torch.device("cpu"))
+        self.rank, self.size, self.said = rank, 2, said
+
+    def tell(self, item):
+        return self.said
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path):
+    run.one_folder(Alone(0), tmp_path)
+    assert not list(tmp_path.iterdir())
+    shared = tmp_path / ".shared"
+    shared.write_text("a token")
+    run.one_folder(Alone(1), tmp_path)
+    for left in ("of another run", None):
+        shared.write_text(left) if left else shared.unlink()
+        with pytest.raises(
+            UserError, match=f"--out must be a folder that all machines share, got {tmp_path}; process 1"
+        ):
+            run.one_folder(Alone(1), tmp_path, patience=0.2)
+
+
+@pytest.mark.long
+def test_two_folders_of_one_name_are_refused(clips, tmp_path):
+    """As two machines with disks of their own have them."""
+    (tmp_path / "program.py").write_text(
+        "import os, pathlib\nhome = pathlib.Path(os.environ['MARKERS'], os.environ['RANK'])\nhome.mkdir()\n"
+        "os.chdir(home)\n" + PROGRAM
+    )
+    config = settings(clips, tmp_path / "run")
+    done = torchrun(config, tmp_path / "program.py", out="run")
+    assert done.returncode != 0
+    assert "--out must be a folder that all machines share, got run" in done.stderr, done.stderr
+    assert not any("checkpoints" in str(p) for p in tmp_path.rglob("*"))
+    assert not (tmp_path / "0/run/.shared").exists()
 
 
 def test_what_is_started_anew_goes_on(clips, tmp_path, monkeypatch):
