@@ -17,6 +17,7 @@ from atst_fast.train.config import UserError, conflicts
 from atst_fast.train.data import Prefetcher
 from atst_fast.train.distributed import World
 from atst_fast.train.evaluate import Evaluation, held_out, show
+from atst_fast.train.features import Labelled
 from atst_fast.train.files import explain, write_atomically
 from atst_fast.train.finetune_config import FORMER, FREE, FinetuneConfig, check, resolve
 from atst_fast.train.labelled import HOP, LabelledBatch, LabelledBatches, Reader, balanced_weights, fingerprint
@@ -67,37 +68,10 @@ class FinetuneRun:
         self.model, self.front_end = self.build()
         self.model.to(self.device)
         self.check_encoder()
-        width, labels = self.tagger.encoder.patch_embed.patch_width, self.task.labels
-        per_token = width if config.level == "frame" else None
-        reader = Reader(used, config.workers)
-        place = {"rank": world.rank, "world": world.size}
-        self.batches = LabelledBatches(
-            reader,
-            labels,
-            config.batch_size,
-            s["seconds"],
-            config.seed,
-            per_token,
-            weights=balanced_weights(used) if config.sampler == "balanced" else None,
-            mixed=config.mixup_prob if s["mixup"] and config.mixup_partner == "file" else 0.0,
-            **place,
-        )
-        self.evaluation = Evaluation(
-            Reader(held, config.workers), Reader(self.task.test, config.workers), labels, self.front_end, s, world
-        )
+        self.place = {"rank": world.rank, "world": world.size}
+        self.batches, self.evaluation = self.data(used, held)
         self.log_mel = LogMelSpectrogram(**self.front_end).to(self.device)
-        seed = world.seed(config.seed)
-        self.masks = (
-            Masks(config.freq_mask, config.time_mask, config.seed, **place)
-            if config.freq_mask or config.time_mask
-            else None
-        )
-        self.mixup: Mixup | FileMixup | None = None
-        if s["mixup"] and config.mixup_partner == "file":
-            self.mixup = FileMixup(config.alpha, config.seed, self.masks, **place)
-        elif s["mixup"]:
-            capacity = min(config.bank_size, len(used))
-            self.mixup = Mixup(capacity, config.alpha, seed, config.mixup_prob, self.masks)
+        self.masks, self.mixup = self.augmentation(len(used))
         self.rates = cosine_schedule(s["peak_lr"], config.final_lr, self.steps, s["warmup_steps"])
         self.optimizer = make_optimizer(self.model, config)
         is_bf16 = s["precision"] == "bf16"
@@ -106,9 +80,9 @@ class FinetuneRun:
         # nothing trains the mask token, and a process may drop a whole branch
         self.working = world.replicate(working, find_unused=True)
         if not world.first:  # from here on, what is drawn is each process's own
-            torch.manual_seed(seed)
+            torch.manual_seed(world.seed(config.seed))
         self.saved: dict[str, Any] = {"model": self.tagger.encoder.config, "head": self.tagger.config}
-        self.saved |= {"front_end": self.front_end, "labels": labels, "settings": s}
+        self.saved |= {"front_end": self.front_end, "labels": self.task.labels, "settings": s}
         self.done = 0  # steps
         self.last_saved: Path | None = None
 
@@ -118,6 +92,34 @@ class FinetuneRun:
         encoder, front_end = pretrained(c.checkpoint, c.encoder, c.drop_path)
         chunk, labels = self.chunk_frames, len(self.task.labels)
         return FineTuned(encoder, labels, level=c.level, chunk_frames=chunk, scale_bug=c.scale_bug), front_end
+
+    def data(self, used: list[Labelled], held: list[Labelled]) -> tuple[LabelledBatches, Evaluation]:
+        """Batches of the files to train on, and those to score."""
+        c, s, labels = self.config, self.settings, self.task.labels
+        batches = LabelledBatches(
+            Reader(used, c.workers),
+            labels,
+            c.batch_size,
+            s["seconds"],
+            c.seed,
+            self.tagger.encoder.patch_embed.patch_width if c.level == "frame" else None,
+            weights=balanced_weights(used) if c.sampler == "balanced" else None,
+            mixed=c.mixup_prob if s["mixup"] and c.mixup_partner == "file" else 0.0,
+            **self.place,
+        )
+        readers = Reader(held, c.workers), Reader(self.task.test, c.workers)
+        return batches, Evaluation(*readers, labels, self.front_end, s, self.world)
+
+    def augmentation(self, files: int) -> tuple[Masks | None, Mixup | FileMixup | None]:
+        """Of the log-mels of training clips; a mixup has the masks in it, which come before its crop."""
+        c, masks = self.config, None
+        if c.freq_mask or c.time_mask:
+            masks = Masks(c.freq_mask, c.time_mask, c.seed, **self.place)
+        if not self.settings["mixup"]:
+            return masks, None
+        if c.mixup_partner == "file":
+            return masks, FileMixup(c.alpha, c.seed, masks, **self.place)
+        return masks, Mixup(min(c.bank_size, files), c.alpha, self.world.seed(c.seed), c.mixup_prob, masks)
 
     def check_encoder(self) -> None:
         encoder, c = self.tagger.encoder, self.config

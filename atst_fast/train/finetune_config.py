@@ -48,7 +48,7 @@ class FinetuneConfig:
     drop_path: float = 0.1
     """stochastic depth rate of the last block (linear from 0 in the first)"""
     mixup: bool | None = None
-    """mix clips and labels with earlier ones, and crop and resize; default: for clips. Their loss is bce then"""
+    """mix clips and labels with others, and crop and resize; default: for clips. Their loss is bce then"""
     alpha: float = 0.5
     """mixing weights are drawn from Beta(alpha, alpha); officially 10 for AudioSet-2M"""
     mixup_partner: Literal["bank", "file"] = "bank"

@@ -14,8 +14,17 @@ from atst_fast.train.config import UserError
 from atst_fast.train.distill import DistillRun, distill
 from atst_fast.train.distributed import World
 from atst_fast.train.finetune import FinetuneRun, finetune
+from tests.conftest import needs_gpu
 from tests.tolerances import BF16_STEP_RTOL
-from tests.train.test_finetune import distillation, scores, settings, untrained_clip, untrained_frame, write_tones
+from tests.train.test_finetune import (
+    AUDIOSET,
+    distillation,
+    scores,
+    settings,
+    untrained_clip,
+    untrained_frame,
+    write_tones,
+)
 from tests.train.tiny import assert_equal
 
 
@@ -51,16 +60,28 @@ def make(config):
 
 @pytest.mark.parametrize("kind", ["clip", "frame", "distill"])
 def test_bf16_follows_float32(kind, folder, tmp_path):
-    plain = {"epochs": 2, "lr": 2.0, "drop_path": 0.0, "log_every": 1}
-    losses = []
-    for precision in ("float32", "bf16"):
-        config = of(folder, kind, tmp_path / precision, precision=precision, **plain)
-        assert (distill if kind == "distill" else finetune)(config) == 0
-        rows = [json.loads(line) for line in (config.out / "log.jsonl").read_text().splitlines()]
-        losses.append(torch.tensor([row["loss"] for row in rows]))
-        assert scores(config.out).keys()
-    torch.testing.assert_close(losses[1], losses[0], rtol=BF16_STEP_RTOL, atol=0)
-    assert not torch.equal(losses[0][:3], losses[1][:3])
+    float32, bf16 = (losses(folder, kind, tmp_path / name, precision=name) for name in ("float32", "bf16"))
+    torch.testing.assert_close(bf16, float32, rtol=BF16_STEP_RTOL, atol=0)
+    assert not torch.equal(bf16[:3], float32[:3])
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("kind", ["clip", "frame", "distill"])
+def test_a_gpu_follows_the_cpu(kind, precision, folder, tmp_path):
+    drawn = {} if kind == "frame" else AUDIOSET
+    cpu = losses(folder, kind, tmp_path / "cpu", precision="float32", **drawn)
+    gpu = losses(folder, kind, tmp_path / "gpu", precision=precision, device="cuda", **drawn)
+    torch.testing.assert_close(gpu, cpu, rtol=BF16_STEP_RTOL, atol=0)
+
+
+def losses(folder, kind, out, **options):
+    """Of six steps, in which no path is dropped; there are scores at their end."""
+    config = of(folder, kind, out, epochs=2, lr=2.0, drop_path=0.0, log_every=1, **options)
+    assert (distill if kind == "distill" else finetune)(config) == 0
+    assert scores(out).keys()
+    return torch.tensor([json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()])
 
 
 @pytest.mark.parametrize("kind", ["clip", "frame", "distill"])
