@@ -257,6 +257,13 @@ def test_the_official_chunks_of_a_clip_are_more_than_half_full(frames, starts):
     assert [span.share for span in spans] == [1 / len(starts)] * len(starts)
 
 
+def test_spans_of_what_is_padded_and_of_the_official_times():
+    e = clip_embedder(official=True)
+    assert embedder().spans(1, "scene") == embedder().spans(513, "scene")
+    assert [span.tokens for span in e.spans(130 * 160, "scene")] == [25]  # less than half of a chunk is left out
+    assert e.tokens(130 * 160) == 25 + 7  # but has its times
+
+
 def test_longer_chunks_need_interpolated_positions():
     assert Embedder(encoder(101, pos_type="interpolate"), chunk_frames=200).chunk_frames == 200
 

@@ -209,6 +209,7 @@ def test_layer_scales_of_what_is_wrapped():
     """The names are the wrapper's, the scales the same: not 1 for all of them."""
     for model in (FineTuned(FrameEncoder(SIZE), 2), Distilled(FineTuned(ClipEncoder(SIZE), 2), FrameEncoder(SIZE))):
         want = layer_scales(model, 0.5)
+        assert list(want) == [name for name, p in model.named_parameters() if p.requires_grad]
         assert len(set(want.values())) > 2
         for wrapped, name in ((torch.compile(model), "_orig_mod"), (nn.ModuleDict({"module": model}), "module")):
             assert layer_scales(wrapped, 0.5) == {f"{name}.{key}": value for key, value in want.items()}
@@ -227,6 +228,14 @@ def test_targets_and_valid_rows():
     y = torch.rand(4, 3)
     assert distill_loss(soft, y, "ce").label == distill_loss(soft, y.argmax(-1), "ce").label
     assert distill_loss(soft, y, "ce", hard_labels=False).label == tagging_loss(soft.label, y, "ce")
+    for weight in (0.0, 0.25, 1.0):
+        out = distill_loss(soft, y, weight=weight)
+        torch.testing.assert_close(out.loss, weight * out.distillation + (1 - weight) * out.label)
+    assert distill_loss(soft, y, weight=0.0).loss == tagging_loss(soft.label, y)
+    valid = torch.tensor([True, False, True, False])
+    for kind in ("bce", "ce"):
+        some = distill_loss(soft, y, kind, valid=valid)
+        torch.testing.assert_close(some, distill_loss(DistilledLogits(*(x[::2] for x in soft)), y[::2], kind))
     wanted = F.binary_cross_entropy_with_logits(soft.label, F.one_hot(y.argmax(-1), 3).float())
     torch.testing.assert_close(tagging_loss(soft.label, y.argmax(-1)), wanted)
 
@@ -264,8 +273,9 @@ def test_errors():
         layer_scales(FineTuned(FrameEncoder(SIZE), 2), 0.5, level="word")
     with pytest.raises(TypeError, match="layer_scales: model must be a FineTuned or a Distilled"):
         layer_scales(FrameEncoder(SIZE), 0.5)
-    with pytest.raises(ValueError, match="layer_scales: decay must be more than 0"):
-        layer_scales(FineTuned(FrameEncoder(SIZE), 2), 0)
+    for decay in (0, 1.5):
+        with pytest.raises(ValueError, match="layer_scales: decay must be more than 0"):
+            layer_scales(FineTuned(FrameEncoder(SIZE), 2), decay)
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="tagging_loss: kind must be"):
         tagging_loss(x, x, "mse")
