@@ -25,12 +25,7 @@ Tensor kaldi_fbank(const Tensor& waveform, const Tensor& window, const Tensor& f
   ATST_CHECK(frame >= 1 && frame <= n_fft, op, ": window must have from 1 to n_fft values");
   ATST_CHECK(shift >= 1 && shift <= frame, op, ": frame_shift must be from 1 to the window's length");
   ATST_CHECK(samples >= frame, op, ": waveform must have at least one frame of samples");
-  if (lengths) {
-    call.same_device(*lengths, "lengths");
-    check_contiguous(*lengths, op, "lengths");
-    check_dtype(*lengths, ScalarType::Long, op, "lengths");
-    ATST_CHECK(lengths->dim() == 1 && lengths->size(0) == rows, op, ": lengths must have one entry per row");
-  }
+  check_mel_lengths(call, lengths, rows);
   const int64_t frames = (samples - frame) / shift + 1;
   Tensor out = torch::stable::new_empty(waveform, {rows, frames, n_mels}, ScalarType::Float);
   if (rows == 0 || n_mels == 0) return out;
@@ -47,12 +42,7 @@ Tensor kaldi_fbank(const Tensor& waveform, const Tensor& window, const Tensor& f
   a.window_size = static_cast<int>(frame), a.hop = static_cast<int>(shift), a.n_mels = static_cast<int>(n_mels);
   a.is_int16 = is_int16, a.remove_dc_offset = remove_dc_offset;
   a.preemphasis = static_cast<float>(preemphasis), a.inverse_size = 1.0f / static_cast<float>(frame);
-  if (n_fft == 512)
-    launch_mel<8>(call, kaldi_fbank_kernel<8>, a);
-  else if (n_fft == 1024)
-    launch_mel<16>(call, kaldi_fbank_kernel<16>, a);
-  else
-    launch_mel<32>(call, kaldi_fbank_kernel<32>, a);
+  launch_mel(call, n_fft, kaldi_fbank_kernel<8>, kaldi_fbank_kernel<16>, kaldi_fbank_kernel<32>, a);
   return out;
 }
 

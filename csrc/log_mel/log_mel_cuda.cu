@@ -26,13 +26,8 @@ Tensor log_mel(const Tensor& waveform, const Tensor& window, const Tensor& fb, c
   ATST_CHECK(scale > 0, op, ": scale must be positive");
   ATST_CHECK(group > 0 && rows % group == 0, op, ": group must divide the number of rows");
   ATST_CHECK(rows == 0 || samples > n_fft / 2, op, ": waveform must have more than n_fft / 2 samples");
-  if (lengths) {
-    call.same_device(*lengths, "lengths");
-    check_contiguous(*lengths, op, "lengths");
-    check_dtype(*lengths, ScalarType::Long, op, "lengths");
-    ATST_CHECK(lengths->dim() == 1 && lengths->size(0) == rows, op, ": lengths must have one entry per row");
-    ATST_CHECK(group == 1, op, ": group must be 1 with lengths");
-  }
+  check_mel_lengths(call, lengths, rows);
+  ATST_CHECK(!lengths || group == 1, op, ": group must be 1 with lengths");
   const int64_t frames = samples / hop + 1;
   Tensor out = torch::stable::new_empty(waveform, {rows, n_mels, frames}, ScalarType::Float);
   if (rows == 0 || n_mels == 0) return out;
@@ -59,12 +54,7 @@ Tensor log_mel(const Tensor& waveform, const Tensor& window, const Tensor& fb, c
   a.is_int16 = is_int16, a.decibels = decibels;
   a.top_db = top_db ? static_cast<float>(*top_db) : 0.0f;
   a.scale = static_cast<float>(scale), a.bias = static_cast<float>(bias);
-  if (n_fft == 512)
-    launch_mel<8>(call, log_mel_kernel<8>, a);
-  else if (n_fft == 1024)
-    launch_mel<16>(call, log_mel_kernel<16>, a);
-  else
-    launch_mel<32>(call, log_mel_kernel<32>, a);
+  launch_mel(call, n_fft, log_mel_kernel<8>, log_mel_kernel<16>, log_mel_kernel<32>, a);
   return out;
 }
 
