@@ -88,12 +88,21 @@ def test_load_model(tmp_path):
         hear.load_model(tmp_path / "nowhere.pt")
 
 
+def test_load_model_of_either_network(tmp_path):
+    encoders = {which: FrameEncoder({"dim": 64, "depth": 1, "num_heads": 1}) for which in ("teacher", "student")}
+    state = {f"model.{n}.encoder.{k}": v for n, encoder in encoders.items() for k, v in encoder.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "both.ckpt")
+    for options, which in (({}, "teacher"), ({"which": "student"}, "student"), ({"which": "teacher"}, "teacher")):
+        loaded = hear.load_model(tmp_path / "both.ckpt", **options)
+        assert torch.equal(loaded.encoder.pos_embed, encoders[which].pos_embed)
+
+
 def test_load_model_of_an_embedder_keeps_its_options(tmp_path):
     pytest.importorskip("safetensors", reason="needs the extra train")
-    Embedder(FrameEncoder(SIZE), n_blocks=1, chunk_frames=100).save_pretrained(tmp_path)
+    Embedder(FrameEncoder(SIZE), {"top_db": 40.0}, n_blocks=1, chunk_frames=100).save_pretrained(tmp_path)
     assert hear.load_model(tmp_path).n_blocks == 1
     model = hear.load_model(tmp_path, n_blocks=2)
-    assert (model.n_blocks, model.chunk_frames) == (2, 100)
+    assert (model.n_blocks, model.chunk_frames, model.front_end.top_db) == (2, 100, 40.0)
 
 
 @pytest.mark.parametrize("name", ["get_scene_embeddings", "get_timestamp_embeddings"])
