@@ -21,7 +21,7 @@ def cached(schema: str, make: Callable[..., tuple[Tensor, Tensor]]) -> Callable[
     where it keeps sizes symbolic.
     """
 
-    @lru_cache(maxsize=32)
+    @lru_cache(maxsize=32, typed=True)  # 512.0 is refused also where 512 has been
     def made(device: torch.device, *settings: Any) -> tuple[Tensor, ...]:
         # of ordinary tensors whatever mode the first caller is in: inference, fake tensors, another default device
         with torch.inference_mode(False), _disable_current_modes():

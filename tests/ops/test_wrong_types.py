@@ -114,3 +114,9 @@ def test_numbers_of_numpy_are_numbers():
     want = ops.log_mel(WAVE, top_db=60.0, hop_length=200)
     assert torch.equal(ops.log_mel(WAVE, top_db=np.float32(60.0), hop_length=np.int64(200)), want)
     assert torch.equal(ops.add_norm(X, eps=np.float64(1e-6))[1], ops.add_norm(X)[1])
+
+
+def test_a_cached_setting_of_another_type_is_refused():
+    ops.log_mel(WAVE, n_fft=512)
+    with pytest.raises(TypeError, match="n_fft must be 512, 1024 or 2048, got float 512.0"):
+        ops.log_mel(WAVE, n_fft=512.0)
