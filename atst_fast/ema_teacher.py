@@ -146,13 +146,17 @@ class EMATeacher(nn.Module):
         moved = dict(self.average.named_buffers())
         self.average._buffers.clear()
         for name, p in self.module.named_parameters():
-            value = exact[name]
-            if value.is_meta and not p.is_meta:  # what comes from there has no values
-                value = moved.get(_key(name), p.detach())
+            key, value = _key(name), exact[name]
+            if key not in moved and p.dtype not in _HALVES:
+                continue
+            average = moved.get(key)
+            if average is None or average.dtype != torch.float32:  # there was none, or it was cast with the rest
+                value = p.detach() if value.is_meta and not p.is_meta else value
+                average = value.to(p.device, torch.float32, copy=True)
             if p.dtype in _HALVES:
-                self.average.register_buffer(_key(name), value.to(p.device, torch.float32, copy=True))
-            elif _key(name) in moved:
-                p.copy_(value)
+                self.average.register_buffer(key, average)
+            else:
+                p.copy_(average)
         return self
 
     def extra_repr(self) -> str:

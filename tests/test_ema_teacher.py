@@ -163,6 +163,7 @@ def test_casting_the_teacher_keeps_its_averages(student, first):
     assert_near(teacher.module.scale, want)
     assert set(teacher.state_dict()) == set(EMATeacher(student.float()).state_dict())
     teacher.update(now.float())
+    assert all(x.is_shared() for x in teacher.half().share_memory().state_dict().values())
     assert teacher.half().to("meta").to_empty(device="cpu").average.get_buffer("scale").dtype == torch.float32
 
 
