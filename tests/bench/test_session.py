@@ -1,5 +1,6 @@
 """Running cases: parity before time, one definition for all providers, and what becomes of those that fail."""
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -43,6 +44,13 @@ def test_the_definition_is_computed_once_per_comparison():
     op = replace(op, truth=lambda x: calls.append(1) or [2 * x.double()])
     assert len(measured(op)) == 2
     assert len(calls) == 1
+
+
+def test_each_comparison_has_its_own_definition():
+    op = replace(operator(), sizes={"cpu": {"tiny": {"n": 3}, "small": {"n": 5}, "other": {"n": 3}}})
+    offsets = itertools.count(1)
+    op = replace(op, make=lambda device, n: torch.full((n,), float(next(offsets))))
+    assert [type(m) for m in measured(op)] == [Measured] * 3
 
 
 @pytest.mark.parametrize(

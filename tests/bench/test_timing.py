@@ -38,6 +38,18 @@ def test_a_peer_is_compiled_for_its_own_sizes():
     assert shapes == [(3,), (5,)]
 
 
+def test_spreads_are_quartile_distances_of_one_call():
+    """Also where several calls are timed at once."""
+    times = [1.0, 1.0, 2.0, 3.0, 3.0, 3.0, 4.0, 8.0, 8.0]
+    assert timing.Stats.of(times) == timing.Stats(3.0, 2.0, 1.0, 9)
+    for way, calls in ((timing.repeated, 100), (timing.replayed, timing.REPLAYED)):
+        clock = Clock()
+        turns = [1e-6] * timing.WARM_UP * (way is timing.repeated) + [1e-6] * calls
+        turns += [(1 + (i // calls) % 5) * 1e-6 for i in range(calls * 300)]
+        stats = way(clock.call(*turns), clock, budget=1e-9)
+        assert (stats.rounds, stats.median, stats.iqr) == (11, pytest.approx(3e-6), pytest.approx(2.5e-6))
+
+
 def test_short_calls_are_timed_several_at_once():
     clock = Clock()
     calls = []

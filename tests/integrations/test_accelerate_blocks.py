@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from atst_fast import accelerate, restore
@@ -296,6 +297,39 @@ def test_extra_output_on_request():
     torch.testing.assert_close(block(x, output_attentions=True), want, rtol=0, atol=0)
     torch.testing.assert_close(block(hidden_states=x), block(x), rtol=0, atol=0)
     assert len(block(x, None, False)) == 1
+
+
+@pytest.mark.parametrize("without", [["k_proj"], ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]])
+def test_some_layers_of_attention_without_a_bias(without):
+    block, x = vit.NewHFLayer(D, H), torch.randn(2, 5, D)
+    attention = next(m for m in block.modules() if hasattr(m, "k_proj"))
+    for name in without:
+        getattr(attention, name).bias = None
+    assert accelerate(block)[0].replaced
+    assert_close(outcome(block, x), outcome(_plain(block), x))
+
+
+class Halved(torch.Tensor):
+    """A weight that knows how to be multiplied with and nothing else, as those that are quantised."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.cat:
+            raise NotImplementedError("cat")
+        if func is F.linear:
+            return F.linear(args[0], 0.5 * args[1].as_subclass(torch.Tensor), *args[2:])
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_weights_that_are_more_than_tensors():
+    block, x = vit.NewHFLayer(D, H).eval(), torch.randn(2, 5, D)
+    accelerate(block)
+    for linear in [m for m in block.modules() if isinstance(m, nn.Linear)]:
+        linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Halved), requires_grad=False)
+    with torch.no_grad():
+        y = block(x)
+        restore(block)
+        torch.testing.assert_close(y, block(x), rtol=NETWORK_RTOL, atol=1e-5)
 
 
 def test_settings_changed_later_are_followed():

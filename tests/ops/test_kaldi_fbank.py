@@ -194,6 +194,18 @@ def test_nan_and_infinity_stay_in_their_frames(isa, bad):
     assert torch.equal(z[last + 1 :], y[last + 1 :])
 
 
+def test_an_odd_frame_ends_where_it_ends(isa):
+    """Samples are read in pairs: the second one of the last pair is another frame's."""
+    x, odd = speech_like(3000), 401 / 16
+    y = ops.kaldi_fbank(x, frame_length=odd)
+    x[401] = float("nan")
+    z = ops.kaldi_fbank(x, frame_length=odd)
+    assert torch.equal(z[0], y[0])
+    assert z[1].isnan().all()
+    offset = ops.kaldi_fbank(torch.full((1000,), 0.5), frame_length=odd)  # all of it is in the mean
+    torch.testing.assert_close(offset, torch.full_like(offset, -23 * math.log(2)), rtol=0, atol=tol.FBANK_CONSTANT)
+
+
 def test_silence_is_the_logarithm_of_epsilon(isa):
     y = ops.kaldi_fbank(torch.zeros(2, 2000))
     torch.testing.assert_close(y, torch.full_like(y, -23 * math.log(2)), rtol=0, atol=tol.FBANK_CONSTANT)
