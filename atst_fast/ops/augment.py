@@ -95,10 +95,13 @@ class MemoryBank:
                 self.mels[:used, :, : old.shape[2]] = old[:used]
 
     def state_dict(self) -> dict:
-        """Tensors and numbers of the filled part."""
+        """Tensors and numbers of the filled part; zero past the clips' lengths, where the bank holds anything."""
         used = min(self.count, self.capacity)
-        mels = None if self.mels is None else self.mels[:used].clone()
-        return {"count": self.count, "mels": mels, "lengths": self.lengths[:used].clone()}
+        lengths, mels = self.lengths[:used].clone(), None
+        if self.mels is not None:
+            past = torch.arange(self.mels.shape[2], device=self.device) >= lengths[:, None]
+            mels = self.mels[:used].masked_fill(past[:, None], 0.0)
+        return {"count": self.count, "mels": mels, "lengths": lengths}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where a bank of the same capacity was, on the device of the state's mels."""

@@ -197,6 +197,16 @@ def test_bank_keeps_its_state():
     assert big.mels.flatten().tolist() == [4.0, 3.0]  # clip number n in slot n % 2
 
 
+def test_a_bank_keeps_nothing_past_its_clips():
+    bank = MemoryBank(2)
+    bank.push(torch.ones(2, 1, 8, 9))
+    bank.push(torch.ones(1, 1, 8, 5))  # over a longer one
+    mels = bank.state_dict()["mels"]
+    assert mels[0, :, :5].all()
+    assert not mels[0, :, 5:].any()
+    assert mels[1].all()
+
+
 def test_a_bank_counts_in_a_tensor_of_its_own():
     """A CUDA graph that pushes counts in the memory that it was captured with."""
     bank = MemoryBank(3)
