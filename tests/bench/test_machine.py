@@ -50,7 +50,8 @@ def test_what_a_gpu_run_says_of_its_machine(monkeypatch):
 
 
 def test_rates_come_from_whoever_measures_them():
-    assert machine.bandwidths(1 << 10, median=lambda call: 1.0)["add_bytes_per_s"] == 12 << 10
+    bytes_of = {"copy_bytes_per_s": 8, "add_bytes_per_s": 12, "scale_bytes_per_s": 8}
+    assert machine.bandwidths(1 << 10, median=lambda call: 1.0) == {k: n << 10 for k, n in bytes_of.items()}
     assert machine.sgemm_rate(16, median=lambda call: 2.0, dtype=torch.bfloat16) == 16**3
 
 

@@ -1,6 +1,7 @@
 """Running cases: parity before time, one definition for all providers, and what becomes of those that fail."""
 
 import itertools
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from atst_fast.bench import parity
-from atst_fast.bench.operator import OURS, Case, Missing, Operator, Provider, installed
+from atst_fast.bench.operator import OURS, Case, Missing, Operator, Provider, installed, thread_counts
 from atst_fast.bench.session import LeftOut, Measured, Session, run
 from tests.bench.fake import Clock
 
@@ -129,3 +130,12 @@ def test_tf32_products_are_allowed_their_error(monkeypatch):
     assert parity.dtype_of_products("float32", "cuda") == "tf32"
     assert parity.dtype_of_products("float32", "cpu") == "float32"
     assert parity.dtype_of_products("bfloat16", "cuda") == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "most, cores, counts", [(1, 8, (1,)), (4, 2, (1, 2, 4)), (6, 8, (1, 2, 4, 6)), (8, 8, (1, 2, 4, 8))]
+)
+def test_curves_over_threads(monkeypatch, most, cores, counts):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: most)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert thread_counts() == counts

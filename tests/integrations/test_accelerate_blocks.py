@@ -309,6 +309,17 @@ def test_some_layers_of_attention_without_a_bias(without):
     assert_close(outcome(block, x), outcome(_plain(block), x))
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_biases_taken_away_later(fixed):
+    torch.manual_seed(0)
+    block, x = audiossl.Block(D, H, qkv_bias=True), torch.randn(2, 5, D)
+    accelerate(block)
+    block.fixed_shapes = fixed
+    for path in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
+        block.get_submodule(path).bias = None
+        assert_close(outcome(block, x), outcome(_plain(block), x))
+
+
 class Halved(torch.Tensor):
     """A weight that knows how to be multiplied with and nothing else, as those that are quantised."""
 
