@@ -131,7 +131,11 @@ def join(device: str) -> Iterator[World]:
         return
     if missing := [name for name in _VARIABLES if name not in given]:
         raise UserError(f"the environment has {', '.join(given)} but not {', '.join(missing)}: start it with torchrun")
-    rank, local, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    numbers = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    if not all(number.isdecimal() for number in numbers.values()):
+        told = ", ".join(f"{name}={number}" for name, number in numbers.items())
+        raise UserError(f"the environment has {told}, which are not all numbers: start it with torchrun")
+    rank, local, size = map(int, numbers.values())
     own = _own_device(device, local)
     if own.type == "cuda":
         torch.cuda.set_device(own)

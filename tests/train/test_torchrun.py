@@ -190,6 +190,11 @@ def test_another_number_of_processes_is_another_run(whole, monkeypatch):
     [
         ({"RANK": "0"}, "cpu", "has RANK but not LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start it with"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "cpu", "has RANK, WORLD_SIZE but not LOCAL_RANK"),
+        (
+            {"RANK": "a", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"},
+            "cpu",
+            "has RANK=a, LOCAL_RANK=0, WORLD_SIZE=1, which are not all numbers: start it with torchrun",
+        ),
         ({}, "tpu", "--device"),
     ],
 )
