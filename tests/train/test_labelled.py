@@ -1,5 +1,8 @@
 """Batches of labelled files: which part of a file, and what it is labelled with."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import soundfile
@@ -7,7 +10,7 @@ import torch
 
 from atst_fast.train.config import UserError
 from atst_fast.train.features import Labelled
-from atst_fast.train.labelled import LabelledBatches, Reader, balanced_weights, token_targets
+from atst_fast.train.labelled import LabelledBatches, Reader, balanced_weights, fingerprint, token_targets
 from atst_fast.train.metrics import Event
 from tests.train.conftest import tone
 
@@ -98,3 +101,46 @@ def test_targets_of_a_part():
     roll = token_targets(file, ["a", "b"], 8000 - 640, 25, 4)  # from 0.46 s on
     assert roll[:, 0].nonzero()[0].tolist() == [0]
     assert roll[:, 1].nonzero()[0].tolist() == list(range(11, 25))
+
+
+def test_every_place_of_a_part_is_drawn(tmp_path):
+    """Of 8161 samples 8160: the part begins at 0 or at 1, and has 52 frames, 13 tokens."""
+    samples = np.arange(8161, dtype=np.int16)
+    soundfile.write(tmp_path / "x.wav", samples, 16000)
+    reader, starts = Reader([Labelled(tmp_path / "x.wav", ("a",), ())] * 2), set()
+    for step in range(12):
+        part = LabelledBatches(reader, ["a"], 2, 0.51, 0, frames_per_token=4).batch(step)
+        assert part.lengths.tolist() == [8160, 8160]
+        assert part.targets.shape == (2, 13, 1)
+        starts |= set(part.waveform[:, 0].tolist())
+    assert starts == {0, 1}
+
+
+def test_too_few_files_for_a_batch(tmp_path):
+    soundfile.write(tmp_path / "x.wav", tone(1.0), 16000)
+    reader = Reader([Labelled(tmp_path / "x.wav", ("a",), ())] * 3)
+    with pytest.raises(UserError, match="3 training files do not fill one batch of 4; give a smaller --batch-size"):
+        LabelledBatches(reader, ["a"], 4, 0.5, seed=0)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "x.wav"
+    soundfile.write(path, tone(1.0), 16000)
+    file = Labelled(path, ("a",), ())
+    reader = Reader([file])
+    path.write_bytes(b"")
+    for call in (lambda: reader.waveforms([0], [0], 100), lambda: Reader([file])):
+        with pytest.raises(UserError, match=r"x\.wav: empty: 0 bytes"):
+            call()
+
+
+def test_another_task_has_another_fingerprint():
+    file = Labelled(Path("x.wav"), ("a",), (Event("a", 0.0, 0.5),))
+    others = [
+        replace(file, path=Path("y.wav")),
+        replace(file, labels=("a", "b")),
+        replace(file, events=(Event("a", 0.0, 0.6),)),
+        replace(file, events=None),
+    ]
+    assert len({fingerprint([f]) for f in (file, *others)}) == 5
+    assert fingerprint([file]) == fingerprint([replace(file, path=Path("/elsewhere/x.wav"))])
