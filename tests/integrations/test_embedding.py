@@ -248,6 +248,9 @@ def test_a_token_stands_for_its_patch_and_the_hop_of_the_front_end():
     assert Embedder(encoder(patch=(64, 8))).hop_ms == 80
     assert Embedder(encoder(), {"hop_length": 320}).hop_ms == 80
     assert Embedder(encoder(), {"sample_rate": 32000, "hop_length": 320}).hop_ms == 40
+    other = Embedder(encoder(), {"sample_rate": 22050})  # whose times are no floats: the nearest ones
+    want = torch.tensor([i * 640 / 22.05 for i in range(5000)], dtype=torch.float64).float()
+    assert torch.equal(other.times(5000), want)
 
 
 @pytest.mark.parametrize("frames, starts", [(50, [0]), (101, [0]), (151, [0]), (152, [0, 101]), (202, [0, 101])])
@@ -367,6 +370,7 @@ def test_an_embedder_comes_back_from_its_folder(make, tmp_path):
     assert saved.save_pretrained(tmp_path / "folder") == tmp_path / "folder"
     loaded, waveform = Embedder.from_pretrained(tmp_path / "folder"), noise(2, 30000)
     assert not loaded.training
+    assert Embedder.from_config(make(official=True).to_config()).official
     assert loaded.to_config() == saved.to_config()
     assert torch.equal(loaded.scene(waveform), saved.scene(waveform))
     checkpoint = load_checkpoint(tmp_path / "folder")

@@ -116,6 +116,17 @@ def test_every_place_of_a_part_is_drawn(tmp_path):
     assert starts == {0, 1}
 
 
+def test_files_come_in_the_order_of_their_numbers(tmp_path):
+    for i in range(4):
+        soundfile.write(tmp_path / f"{i}.wav", np.full(600 + i, i, np.int16), 16000)
+    reader = Reader([Labelled(tmp_path / f"{i}.wav", (str(i),), ()) for i in range(4)])
+    waveform, lengths = reader.waveforms([3, 0, 2], [0, 1, 0], 601)
+    assert lengths.tolist() == [601, 599, 601]
+    assert waveform[:, 0].tolist() == [3, 0, 2]
+    batch = LabelledBatches(reader, list("0123"), 4, 0.03, seed=0).batch(0)
+    assert batch.waveform[:, 0].tolist() == batch.targets.argmax(1).tolist() != [0, 1, 2, 3]
+
+
 def test_too_few_files_for_a_batch(tmp_path):
     soundfile.write(tmp_path / "x.wav", tone(1.0), 16000)
     reader = Reader([Labelled(tmp_path / "x.wav", ("a",), ())] * 3)

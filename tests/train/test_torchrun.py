@@ -223,6 +223,7 @@ def test_a_world_of_one():
     x = torch.randn(3)
     assert world.mean(x) is x
     assert (world.largest(3), world.vote(5), world.seed(7)) == (3, 5, 7)
+    assert len({World(torch.device("cpu"), rank).seed(7) for rank in range(4)}) == 4
     model = ATSTClip({"dim": 8, "depth": 1, "num_heads": 1}, hidden=8, out=4, max_frames=40)
     assert world.replicate(model) is model
     world.wait()
