@@ -80,6 +80,16 @@ def test_files_are_embedded_as_by_the_embedder(folder, checkpoint, tmp_path, tim
     assert [p.name for p in out.parent.iterdir()] == [out.name]  # nothing temporary stays
 
 
+def test_a_spectrogram_comes_back_from_anywhere_with_its_loudest_value(tmp_path):
+    parts, spectrum = [torch.randn(8, n) for n in (5, 3, 7)], embed.Spectrogram(0, 8, tmp_path)
+    parts[1][2, 1] = 9.0
+    for part in parts:
+        spectrum.add(part)
+    assert spectrum.loudest == 9.0
+    assert torch.equal(spectrum.read(4, 9), torch.cat(parts, dim=1)[:, 4:13])
+    spectrum.close()
+
+
 @torch.no_grad()
 def test_official_cuts_on_request(folder, weights, tmp_path):
     out = tmp_path / "out.safetensors"

@@ -190,6 +190,8 @@ def test_another_number_of_processes_is_another_run(whole, monkeypatch):
     [
         ({"RANK": "0"}, "cpu", "has RANK but not LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start it with"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "cpu", "has RANK, WORLD_SIZE but not LOCAL_RANK"),
+        ({"WORLD_SIZE": "2"}, "cpu", "has WORLD_SIZE but not RANK, LOCAL_RANK"),
+        ({"MASTER_ADDR": "localhost"}, "tpu", "--device"),  # it alone is not torchrun's
         (
             {"RANK": "a", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"},
             "cpu",
