@@ -13,7 +13,7 @@ from atst_fast.models import Distilled, Encoder, FineTuned, layer_scales, taggin
 from atst_fast.nn import LogMelSpectrogram
 from atst_fast.train import checkpoint, run
 from atst_fast.train.audio import Problems
-from atst_fast.train.config import UserError, conflicts
+from atst_fast.train.config import UserError, conflicts, refuse_unused
 from atst_fast.train.data import Prefetcher
 from atst_fast.train.distributed import World
 from atst_fast.train.evaluate import Evaluation, held_out, show
@@ -83,6 +83,9 @@ class FinetuneRun:
             torch.manual_seed(world.seed(config.seed))
         self.saved: dict[str, Any] = {"model": self.tagger.encoder.config, "head": self.tagger.config}
         self.saved |= {"front_end": self.front_end, "labels": self.task.labels, "settings": s}
+        if isinstance(self.model, Distilled):
+            networks = {"teacher": self.model.teacher.encoder, "student": self.model.student}
+            self.saved["models"] = {name: encoder.config for name, encoder in networks.items()}
         self.done = 0  # steps
         self.last_saved: Path | None = None
 
@@ -123,6 +126,8 @@ class FinetuneRun:
 
     def check_encoder(self) -> None:
         encoder, c = self.tagger.encoder, self.config
+        if self.tagger.encoder_is_frame:
+            refuse_unused(c, ("scale_bug",), "on an ATST-Frame")
         if c.level == "frame" and encoder.grid[0] != 1:
             raise UserError(f"--level frame needs one token at a time; {c.checkpoint} has {encoder.grid[0]}")
         if self.tagger.chunk_frames > encoder.max_frames:

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
+from atst_fast import load_checkpoint
 from atst_fast.models import ATSTFrame, ClipEncoder
 from atst_fast.train import checkpoint, evaluate
 from atst_fast.train.cli import main
@@ -181,6 +182,9 @@ def test_distillation(level, data, frame, teachers, tmp_path):
         names = set(f.keys())
     assert {"model.teacher.encoder.cls_token", "model.teacher.head.linear.weight"} <= names
     assert {"model.student.norm_frame.weight", "model.linear.linear.bias"} <= names
+    for which, start in (("teacher", teachers[level]), ("student", frame)):  # more than the shapes of their tensors say
+        want = load_checkpoint(checkpoint.find(start)).encoder.config
+        assert load_checkpoint(checkpoint.find(config.out), which).encoder.config == want
     student = load_tagger(config.out).model
     assert student.encoder_is_frame
     assert student.level == level
@@ -324,6 +328,7 @@ def test_messages(data, frame, clip, teachers, tmp_path):
 
     refused("13 files to train on do not fill one batch: a smaller --batch-size", batch_size=32)
     refused("--chunk-seconds must be at most 0.81 with .*, got 0.9", chunk_seconds=0.9)
+    refused("--no-scale-bug has no effect on an ATST-Frame", scale_bug=False)
     refused("nowhere: No such file", start=tmp_path / "nowhere")
     refused("--checkpoint must be an ATST-Frame, got an ATST-Clip", start=clip, run=distill, teacher=teachers["clip"])
     refused("was fine-tuned at level clip, and --level is frame", run=distill, teacher=teachers["clip"], level="frame")
