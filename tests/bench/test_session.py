@@ -61,6 +61,7 @@ def test_each_comparison_has_its_own_definition():
         (lambda x: lambda: x * torch.nan, "no parity: its error is inf"),
         (lambda x: lambda: (x, x), "2 results, where the operator has 1"),
         (lambda x: lambda: x[:2], r"a result of shape [2], where the operator has [3]"),
+        (lambda x: lambda: torch.cat([x, x]), r"a result of shape [6], where the operator has [3]"),
     ],
 )
 def test_wrong_results_have_no_time(call, why):
@@ -123,6 +124,9 @@ def test_how_far_off_a_result_may_be():
     assert parity.check(torch.tensor([-4.0, 0.6]).bfloat16(), [want], "float32", {}).allowed == 3e-2
     with pytest.raises(parity.ParityError):
         parity.check(torch.tensor([-4.0, 0.6]), [want], "float32", {})
+    # what is too far off for its dtype is found beside what is further off and may be
+    with pytest.raises(parity.ParityError, match=r"its error is 1\.0e-03, allowed are 2e-05"):
+        parity.check([want.float() + 0.004, (want + 0.04).bfloat16()], [want, want], "float32", {})
 
 
 def test_tf32_products_are_allowed_their_error(monkeypatch):
