@@ -149,6 +149,8 @@ def test_frame_values():
     assert not active[0][:, 1].any()
     assert values["segment_f1"] == pytest.approx((1 + 2 / 3) / 2)
     assert values["event_f1"] == 0.5  # b ends a second late
+    events[1].append(Event("b", 3.5, 4.0))
+    assert frame_values(scores, events, ["a", "b"], np.array([0.6, 0.3]), 3, 0.5)[1]["event_f1"] == 0.5  # of labels
     assert values["frame_map"] == pytest.approx((_precision(scores[0][:, 0], 2, 8) + 0.5) / 2)
 
 
