@@ -205,19 +205,21 @@ def tagging_loss(
         _checks.fail("tagging_loss", "targets", "int64 class numbers or float values", targets, TypeError)
     if indices and _checks.readable(targets) and not ((targets >= 0) & (targets < classes)).all():
         _checks.fail("tagging_loss", "targets", f"class numbers from 0 to {classes - 1}", targets.tolist())
+    if valid is not None:
+        rows = list(logits.shape[:-1])
+        _checks.tensor("tagging_loss", "valid", valid, f"{rows}, as logits are without classes", dtypes=(torch.bool,))
+        if list(valid.shape) != rows:
+            _checks.fail("tagging_loss", "valid", f"{rows}, as logits are without classes", valid)
+        logits = logits.masked_fill(~valid[..., None], 0.0)  # whatever is there, it has no gradient
+    wanted = targets if indices else targets.to(logits.dtype)
     if kind == "bce":
-        wanted = F.one_hot(targets, classes).to(logits.dtype) if indices else targets
+        wanted = F.one_hot(targets, classes).to(logits.dtype) if indices else wanted
         each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(-1)
     else:
-        wanted = targets if indices else targets.reshape(-1, classes)
-        each = F.cross_entropy(logits.reshape(-1, classes), wanted.flatten() if indices else wanted, reduction="none")
-        each = each.view(logits.shape[:-1])
+        wanted = wanted.flatten() if indices else wanted.reshape(-1, classes)
+        each = F.cross_entropy(logits.reshape(-1, classes), wanted, reduction="none").view(logits.shape[:-1])
     if valid is None:
         return each.mean()
-    wide = _checks.Later("{}, as logits are without classes", list(each.shape))
-    _checks.tensor("tagging_loss", "valid", valid, wide, dtypes=(torch.bool,))
-    if valid.shape != each.shape:
-        _checks.fail("tagging_loss", "valid", wide, valid)
     return torch.where(valid, each, 0.0).sum() / valid.sum().clamp(min=1)
 
 

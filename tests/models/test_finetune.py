@@ -215,6 +215,15 @@ def test_layer_scales_of_what_is_wrapped():
             assert layer_scales(wrapped, 0.5) == {f"{name}.{key}": value for key, value in want.items()}
 
 
+@pytest.mark.parametrize("kind", ["bce", "ce"])
+def test_what_is_in_rows_that_do_not_count_has_no_gradient(kind):
+    logits, valid = torch.randn(2, 3, 4), torch.tensor([[True, True, False], [True, False, False]])
+    other = torch.where(valid[..., None], logits, torch.nan).requires_grad_()
+    tagging_loss(other, torch.rand(2, 3, 4), kind, valid).backward()
+    assert other.grad[valid].all()
+    assert not other.grad[~valid].any()
+
+
 def test_targets_and_valid_rows():
     logits, y = torch.randn(2, 6, 3), torch.rand(2, 6, 3)
     valid = torch.arange(6) < torch.tensor([[6], [2]])
@@ -224,6 +233,7 @@ def test_targets_and_valid_rows():
             tagging_loss(logits, y, kind, valid), tagging_loss(*rows, kind), rtol=0, atol=OTHER_ORDER
         )
     assert tagging_loss(logits, y, "bce", torch.zeros(2, 6, dtype=torch.bool)) == 0
+    assert tagging_loss(logits, y.half(), "ce").dtype == tagging_loss(logits, y.half()).dtype == torch.float32
     soft = DistilledLogits(*(torch.randn(4, 3) for _ in range(3)))
     y = torch.rand(4, 3)
     assert distill_loss(soft, y, "ce").label == distill_loss(soft, y.argmax(-1), "ce").label

@@ -122,13 +122,15 @@ def test_every_place_of_a_partner_is_drawn(plain, frames):
 
 
 def test_lengths_of_a_batch_larger_than_the_bank(plain):
-    """Those of the clips that are kept: the partner of the next clip is the last one, of 12 frames."""
-    mixup = Mixup(1, 50.0, seed=0)
+    """Those of the clips that are kept: the partner of the next clip is the last one, of 12 frames, somewhere on it."""
+    mixup, places = Mixup(1, 50.0, seed=0), set()
     for step in range(8):
         mixup(*batch(step, (30, 30, 12)), step)
         mel, lengths, targets = torch.zeros(1, 1, 8, 30), torch.tensor([30]), torch.zeros(1, 5)
         changed = mixup(mel, lengths, targets, 100 + step)[0][0, 0, 0].nonzero().squeeze(1)
         assert torch.equal(changed, torch.arange(12) + changed[0])
+        places.add(int(changed[0]))
+    assert len(places) > 3
 
 
 def test_each_clip_is_cropped_once(monkeypatch):
