@@ -68,18 +68,27 @@ def number(
 ) -> None:
     """Check that ``value`` is a number from ``least`` to ``most``, with ``whole`` an integer; ``expected`` says it in
     words. Without bounds nobody looks at the value, which a trace may keep symbolic."""
-    kinds = (int, torch.SymInt) if whole else (int, float, torch.SymInt, torch.SymFloat)
-    # numbers of numpy have either method
-    if not isinstance(value, kinds) and not hasattr(type(value), "__index__" if whole else "__float__"):
+    if not _is_number(value, whole):
         fail(op, name, expected, value, TypeError)
-    if (least > -math.inf or most < math.inf) and not least <= value <= most:
+    if (least > -math.inf or most < math.inf) and not least <= _plain(value) <= most:
         fail(op, name, expected, value)
 
 
+def _plain(value: Any) -> Any:
+    """A number of Python: numpy compares in its own dtype, in which FINITE may be infinity."""
+    return value.item() if hasattr(type(value), "item") else value
+
+
+def _is_number(value: Any, whole: bool = False) -> bool:
+    kinds = (int, torch.SymInt) if whole else (int, float, torch.SymInt, torch.SymFloat)
+    # numbers of numpy have either method
+    return isinstance(value, kinds) or hasattr(type(value), "__index__" if whole else "__float__")
+
+
 def is_range(value: Any) -> bool:
-    """Whether these are two numbers, the smaller first."""
-    pair = isinstance(value, Sequence) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
-    return pair and value[0] < value[1]
+    """Whether these are two finite numbers, the smaller first."""
+    pair = isinstance(value, Sequence) and len(value) == 2 and all(_is_number(x) for x in value)
+    return pair and -FINITE <= _plain(value[0]) < _plain(value[1]) <= FINITE
 
 
 def readable(x: Tensor) -> bool:

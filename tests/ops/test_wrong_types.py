@@ -61,6 +61,7 @@ def system(kind):
         (lambda: ops.log_mel(WAVE, top_db="a"), "log_mel: top_db must be 0 or more, or None, got str 'a'"),
         (lambda: ops.log_mel(WAVE, minmax=3), "log_mel: minmax must be two dB values, the smaller first, or None, got"),
         (lambda: ops.log_mel(WAVE, minmax=("a", "b")), "log_mel: minmax must be two dB values"),
+        (lambda: ops.log_mel(WAVE, minmax=(-80.0, math.inf)), "log_mel: minmax must be two dB values"),
         (
             lambda: ops.kaldi_fbank(WAVE, frame_shift="a"),
             "kaldi_fbank: frame_shift must be a number of milliseconds, got",
@@ -113,7 +114,17 @@ def test_numbers_of_numpy_are_numbers():
     np = pytest.importorskip("numpy")
     want = ops.log_mel(WAVE, top_db=60.0, hop_length=200)
     assert torch.equal(ops.log_mel(WAVE, top_db=np.float32(60.0), hop_length=np.int64(200)), want)
+    bounds = [-80.0, 50.0]
+    assert torch.equal(ops.log_mel(WAVE, minmax=tuple(np.float32(bounds))), ops.log_mel(WAVE, minmax=bounds))
     assert torch.equal(ops.add_norm(X, eps=np.float64(1e-6))[1], ops.add_norm(X)[1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinity_of_numpy_is_not_finite():
+    np = pytest.importorskip("numpy")
+    ops.add_norm(X, eps=np.float32(1e-6))
+    with pytest.raises(ValueError, match="add_norm: eps must be at least 0 and finite"):
+        ops.add_norm(X, eps=np.float32(np.inf))
 
 
 def test_a_cached_setting_of_another_type_is_refused():
