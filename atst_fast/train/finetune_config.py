@@ -161,6 +161,8 @@ def check(config: FinetuneConfig) -> None:
         refuse_unused(c, ("median",), "at --level clip")
     if c.mixup is False:
         refuse_unused(c, ("alpha", "bank_size"), "without mixup")
+    if c.mixup_partner == "file":
+        refuse_unused(c, ("bank_size",), "with --mixup-partner file, which remembers no clips")
     if c.validation == 0:
         refuse_unused(c, ("eval_every",), "without files held out: --validation is 0")
 

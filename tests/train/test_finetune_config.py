@@ -32,6 +32,7 @@ from atst_fast.train.finetune_config import DistillConfig, FinetuneConfig, check
         ({"level": "frame", "bank_size": 9}, "--bank-size has no effect at --level frame"),
         ({"mixup": False, "alpha": 1.0}, "--alpha has no effect without mixup"),
         ({"mixup": False, "bank_size": 9}, "--bank-size has no effect without mixup"),
+        ({"mixup_partner": "file", "bank_size": 9}, "--bank-size has no effect with --mixup-partner file, which remem"),
         ({"median": 3}, "--median has no effect at --level clip"),
         ({"validation": 0, "eval_every": 3}, "--eval-every has no effect without files held out: --validation is 0"),
         ({"scale_bug": False}, "--no-scale-bug has no effect on an ATST-Frame; the teacher has that of its own"),
