@@ -112,6 +112,8 @@ def test_every_place_of_a_part_is_drawn(tmp_path):
         part = LabelledBatches(reader, ["a"], 2, 0.51, 0, frames_per_token=4).batch(step)
         assert part.lengths.tolist() == [8160, 8160]
         assert part.targets.shape == (2, 13, 1)
+        own = [LabelledBatches(reader, ["a"], 1, 0.51, 0, 4, rank=rank, world=2).batch(step) for rank in (0, 1)]
+        assert torch.equal(torch.cat([half.waveform for half in own]), part.waveform)
         starts |= set(part.waveform[:, 0].tolist())
     assert starts == {0, 1}
 

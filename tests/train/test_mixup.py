@@ -188,7 +188,7 @@ def with_files(step, frames=(20, 30, 20, 20), partners=((0, 24), (2, 20), (3, 9)
 
 
 def test_files_are_mixed_as_their_labels_are(plain):
-    shares = []
+    shares, places = [], set()
     for step in range(40):
         mel, lengths, targets, of = with_files(step)
         out, labels = FileMixup(10.0, seed=1)(mel, lengths, targets, step, of)
@@ -200,9 +200,11 @@ def test_files_are_mixed_as_their_labels_are(plain):
         changed = (out[3, 0, 0] != mel[3, 0, 0, :30]).nonzero().squeeze(1)
         assert torch.equal(changed, torch.arange(9) + changed[0])
         assert changed[-1] < 20
+        places.add(int(changed[0]))
         torch.testing.assert_close(out[3, 0, 0, changed], labels[3, :1].expand(9), rtol=1e-5, atol=0)
         assert not out[0, ..., 20:].any()
         shares += [((labels[k] - targets[n]) / (targets[k] - targets[n]))[0] for k, n in ((0, 4), (2, 5), (3, 6))]
+    assert len(places) > 8  # of 12
     shares = torch.stack(shares)
     assert shares.mean().item() == pytest.approx(0.5, abs=0.03)
     assert shares.std().item() == pytest.approx(21**-0.5 / 2, abs=0.025)  # of Beta(10, 10)
@@ -222,7 +224,7 @@ def test_two_processes_mix_and_mask_as_one(plain):
 
 
 def test_files_are_cropped_after_they_are_masked(monkeypatch):
-    """Partners are not; another step or seed is cropped otherwise."""
+    """Partners are not; another step or process is cropped otherwise."""
     mel, lengths, targets, of = torch.randn(5, 1, 64, 40), torch.tensor([40, 40, 25, 40, 40]), torch.eye(5), [1]
     mel[2, ..., 25:] = 0
     seen = []
@@ -232,6 +234,11 @@ def test_files_are_cropped_after_they_are_masked(monkeypatch):
     out = [mixup(mel.clone(), lengths, targets, step, torch.tensor(of))[0] for step in (0, 0, 1)]
     assert torch.equal(out[0], out[1])
     assert not torch.allclose(out[0], out[2])
+    crops = [
+        FileMixup(0.5, 1, rank=rank, world=2)(mel.clone(), lengths, targets, 0, torch.zeros(0, dtype=torch.int64))[0]
+        for rank in (0, 1)
+    ]
+    assert not torch.allclose(*crops)
     assert out[0].shape == (4, 1, 64, 40)
     assert not out[0][2, ..., 25:].any()
     assert (seen[0][0, 0] == 0).all(0).any() or (seen[0][0, 0] == 0).all(1).any()

@@ -147,6 +147,11 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path):
             UserError, match=f"--out must be a folder that all machines share, got {tmp_path}; process 1"
         ):
             run.one_folder(Alone(1), tmp_path, patience=0.2)
+    first = Alone(0)
+    first.largest = lambda x: 1  # as the other one says
+    with pytest.raises(UserError, match=f"--out must be a folder that all machines share, got {tmp_path}$"):
+        run.one_folder(first, tmp_path)
+    assert not shared.exists()
 
 
 @pytest.mark.long
