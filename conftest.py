@@ -22,7 +22,26 @@ hypothesis.settings.load_profile("repeatable")
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """What a test draws is its own, whichever tests ran before it in its process."""
-    seed = zlib.crc32(item.nodeid.encode())
+    _seed(item.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    """So is what a fixture of a module draws, whichever test is the first to ask for it; and it leaves no trace."""
+    if fixturedef.scope == "function":
+        return (yield)
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    _seed(f"{fixturedef.baseid} {fixturedef.argname} {request.param_index}")
+    try:
+        return (yield)
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])
+
+
+def _seed(name):
+    seed = zlib.crc32(name.encode())
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (what stands in for the official transforms draws from it)
     torch.manual_seed(seed)
