@@ -193,8 +193,12 @@ def _embed_all(
             task = bar.add_task("embedding", total=total)
             batches = _Batches(embedder, rows, kind, lambda of_chunks: bar.advance(task, of_chunks))
             for spectrum in _decoded(config, embedder, names, order, pool, workers + 1, problems):
-                seconds += spectrum.samples / embedder.sample_rate
-                batches.add(spectrum)
+                if embedder.spans(spectrum.samples, kind):
+                    seconds += spectrum.samples / embedder.sample_rate
+                    batches.add(spectrum)
+                else:  # with official cuts
+                    spectrum.close()
+                    problems.add(names[spectrum.file], "shorter than a patch (skipped)")
             batches.flush()
     finally:
         pool.shutdown(cancel_futures=True)

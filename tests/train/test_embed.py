@@ -11,7 +11,7 @@ import soundfile
 import torch
 from safetensors import safe_open
 
-from atst_fast.integrations import Embedder, load_checkpoint
+from atst_fast.integrations import Embedder, load_checkpoint, save_checkpoint
 from atst_fast.models import ClipEncoder, FrameEncoder
 from atst_fast.train import audio, cli, embed
 from atst_fast.train.config import UserError
@@ -99,6 +99,18 @@ def test_official_cuts_on_request(folder, weights, tmp_path):
     embedder = Embedder(encoder, front_end, chunk_frames=101, official=True)
     waveform = torch.from_numpy(audio.read(folder / "a/long.flac"))[None]
     torch.testing.assert_close(read(out)[0][:1], embedder.scene(waveform), rtol=0, atol=CHUNKED_FEATURES)
+
+
+@pytest.mark.parametrize("timestamps", [False, True])
+def test_a_file_that_official_cuts_leave_nothing_of_is_named(folder, tmp_path, capsys, timestamps):
+    out = tmp_path / "out.safetensors"
+    save_checkpoint(tmp_path / "wide.safetensors", FrameEncoder(SIZE, patch=(64, 16)), layout="safetensors")
+    options = {"official": True, "timestamps": timestamps, "device": "cpu"}
+    embed.embed(EmbedConfig(folder=folder, out=out, checkpoint=tmp_path / "wide.safetensors", **options))
+    assert "a/tiny.wav: shorter than a patch (skipped)" in capsys.readouterr().err
+    _, offsets, names, _ = read(out)
+    assert names == sorted(set(FILES) - {"a/tiny.wav"})
+    assert all(a < b for a, b in zip(offsets, offsets[1:]))
 
 
 @pytest.mark.parametrize("suffix", ["npz", "parquet"])
