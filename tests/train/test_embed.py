@@ -110,7 +110,7 @@ def test_a_file_that_official_cuts_leave_nothing_of_is_named(folder, tmp_path, c
     assert "a/tiny.wav: shorter than a patch (skipped)" in capsys.readouterr().err
     _, offsets, names, _ = read(out)
     assert names == sorted(set(FILES) - {"a/tiny.wav"})
-    assert all(a < b for a, b in zip(offsets, offsets[1:]))
+    assert (np.diff(offsets) > 0).all()
 
 
 @pytest.mark.parametrize("suffix", ["npz", "parquet"])
