@@ -98,6 +98,16 @@ def untrained_clip(folder):
     return folder
 
 
+def starting_points(folder):
+    """Tones in ``data``, and an untrained encoder of either kind in ``clip`` and ``frame``."""
+    for name in ("data", "clip", "frame"):
+        (folder / name).mkdir()
+    write_tones(folder / "data")
+    untrained_clip(folder / "clip")
+    untrained_frame(folder / "frame")
+    return folder
+
+
 def settings(data, start, out, **options):
     """A run of six epochs of three steps each, with checkpoints after every second one."""
     values = {

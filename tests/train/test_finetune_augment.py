@@ -9,7 +9,7 @@ from atst_fast.train.config import UserError
 from atst_fast.train.distributed import World
 from atst_fast.train.finetune import FinetuneRun, finetune
 from atst_fast.train.finetune_config import FORMER
-from tests.train.test_finetune import AUDIOSET, settings, untrained_frame, write_tones
+from tests.train.test_finetune import AUDIOSET, settings, starting_points
 
 
 @pytest.fixture(autouse=True)
@@ -19,13 +19,8 @@ def _one_thread(threads):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Tones and an untrained ATST-Frame; do not change it."""
-    folder = tmp_path_factory.mktemp("augment")
-    for name in ("data", "frame"):
-        (folder / name).mkdir()
-    write_tones(folder / "data")
-    untrained_frame(folder / "frame")
-    return folder
+    """Do not change it."""
+    return starting_points(tmp_path_factory.mktemp("augment"))
 
 
 def test_what_is_drawn_reaches_the_step(folder, tmp_path, monkeypatch):

@@ -21,9 +21,7 @@ from tests.train.test_finetune import (
     distillation,
     scores,
     settings,
-    untrained_clip,
-    untrained_frame,
-    write_tones,
+    starting_points,
 )
 from tests.train.tiny import assert_equal
 
@@ -36,12 +34,7 @@ def _one_thread(threads):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Tones, an untrained encoder of either kind, and a fine-tuned ATST-Clip; do not change it."""
-    folder = tmp_path_factory.mktemp("bf16")
-    for name in ("data", "clip", "frame"):
-        (folder / name).mkdir()
-    write_tones(folder / "data")
-    untrained_clip(folder / "clip")
-    untrained_frame(folder / "frame")
+    folder = starting_points(tmp_path_factory.mktemp("bf16"))
     assert finetune(settings(folder / "data", folder / "clip", folder / "teacher", epochs=1)) == 0
     return folder
 

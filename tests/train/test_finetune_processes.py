@@ -27,9 +27,7 @@ from tests.train.test_finetune import (
     distillation,
     scores,
     settings,
-    untrained_clip,
-    untrained_frame,
-    write_tones,
+    starting_points,
 )
 from tests.train.tiny import assert_equal
 
@@ -116,12 +114,7 @@ def one_of_two(rank, port, folder):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folder of all runs, complete; do not change it."""
-    folder = tmp_path_factory.mktemp("processes")
-    for name in ("data", "clip", "frame"):
-        (folder / name).mkdir()
-    write_tones(folder / "data")
-    untrained_clip(folder / "clip")
-    untrained_frame(folder / "frame")
+    folder = starting_points(tmp_path_factory.mktemp("processes"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for config in configs(folder).values():
