@@ -19,13 +19,18 @@ def assert_same(ours, plain, what="", least=0.0):
 
 def assert_golden_rates_and_update(name, system, schedules):
     """What the optimizer and the teacher's average make of the gradients of the golden batch."""
-    t, meta = load(name)
+    _, meta = load(name)
     optimizer = optimizer_of(system)
     rates = schedules(meta["step"])
     assert rates == pytest.approx((meta["lr"], meta["wd"], meta["ema_used"]), rel=SCHEDULE_RTOL)
     set_rates(optimizer, rates)
     optimizer.step()
-    state = system.state_dict()
+    assert_golden_update(name, system.state_dict())
+
+
+def assert_golden_update(name, state):
+    """The weights of both networks after the step."""
+    t, _ = load(name)
     for family, prefix in (("out/after_opt/", "student."), ("out/after_ema/", "teacher.")):
         keys = [k for k in t if k.startswith(family)]
         assert {k.removeprefix(family) for k in keys} == {k for k in state if k.startswith(prefix)}
@@ -34,7 +39,7 @@ def assert_golden_rates_and_update(name, system, schedules):
 
 
 def assert_five_golden_steps(name, system, schedules, golden_batch):
-    t, meta = load(name)
+    t, _ = load(name)
     optimizer = optimizer_of(system)
     got = {"loss": [], "std_stu": [], "std_tea": [], "lr": [], "wd": [], "ema": []}
     for step in range(5):
@@ -51,11 +56,16 @@ def assert_five_golden_steps(name, system, schedules, golden_batch):
         torch.testing.assert_close(
             torch.tensor(values, dtype=torch.float64), t[f"out/{key}"], rtol=rtol, atol=0, msg=key
         )
-    state = system.state_dict()
+    assert_golden_end(name, system.state_dict())
+
+
+def assert_golden_end(name, state):
+    """The weights after five steps."""
+    t, meta = load(name)
     assert set(meta["checksum_names"]) == set(state)
     for key in meta["full"]:
         assert_golden(name, f"out/final/{key}", state[key])
-    final = [state[name].double() for name in meta["checksum_names"]]
+    final = [state[k].double() for k in meta["checksum_names"]]
     for key, sums in (("sum", [v.sum() for v in final]), ("abssum", [v.abs().sum() for v in final])):
         torch.testing.assert_close(torch.stack(sums), t[f"out/checksum_{key}"], rtol=0, atol=GOLDEN_CHECKSUM)
 

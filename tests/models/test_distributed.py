@@ -1,12 +1,11 @@
 """Two processes on a CPU, half of the batch each, against one process with all of it."""
 
 import copy
-import socket
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -14,12 +13,15 @@ from torch.distributed.fsdp import fully_shard
 from atst_fast import EMATeacher, ops
 from atst_fast.models import ATSTFrame, LinearHead, frame_loss
 from atst_fast.optim import AdamWEMA, param_groups
-from tests import tolerances as tol
+from tests.models import checks
+from tests.processes import run_two
 
 TINY = {"dim": 24, "depth": 2, "num_heads": 3}
 ROWS = [9, 5]  # of either process in `norm`, the last two of each padding
 FEW = [3, 0]  # valid rows where one process has none
 CLIPPED = 0.05  # less than the norm of the gradients
+
+assert_same = partial(checks.assert_same, least=1e-2)
 
 
 def make_system():
@@ -158,17 +160,9 @@ def one_of_two(rank, port, folder):
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """What `one_of_two` found, of both processes."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(one_of_two, (port, folder), nprocs=2)
+    run_two(one_of_two, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
-def assert_same(got, want, what):
-    atol = tol.NETWORK_RTOL * max(want.abs().max().item(), 1e-2)
-    torch.testing.assert_close(got, want, rtol=0, atol=atol, msg=lambda m: f"{what}: {m}")
 
 
 def test_gradients_of_the_replicas_are_averaged(answers):

@@ -4,14 +4,12 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from rich.console import Console
 
 from atst_fast.train import checkpoint, mixup
@@ -21,6 +19,7 @@ from atst_fast.train.distributed import World, join
 from atst_fast.train.finetune import FinetuneRun, finetune
 from atst_fast.train.labelled import LabelledBatches, Reader
 from atst_fast.train.probe import load_task
+from tests.processes import run_two
 from tests.tolerances import PROCESSES_RTOL
 from tests.train.test_finetune import (
     AUDIOSET,
@@ -120,10 +119,7 @@ def runs(tmp_path_factory):
     for config in configs(folder).values():
         assert start(config, World(torch.device("cpu"))) == 0
     torch.set_num_threads(threads)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(one_of_two, (port, folder), nprocs=2)
+    run_two(one_of_two, folder)
     return folder
 
 
