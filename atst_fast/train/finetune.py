@@ -223,7 +223,8 @@ class FinetuneRun:
         out = self.losses(mel, lengths, targets, valid)
         if valid is not None and self.world.size > 1:  # every token counts alike, whichever process has it
             own = valid.sum().clamp(min=1).float()
-            out = {k: v * own / self.world.mean(own) for k, v in out.items()}
+            mean = self.world.mean(own)
+            out = {k: v * own / mean for k, v in out.items()}
         out["loss"].backward()
         take_gradients(self.shadows)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
